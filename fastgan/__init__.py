@@ -1,0 +1,58 @@
+"""fastgan: a fast, deterministic, resumable GAN trainer.
+
+``import fastgan`` loads nothing heavy; torch is imported when a name that needs it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastgan._version import __version__
+
+if TYPE_CHECKING:
+    from fastgan.data.images import ImageSet, load_images
+    from fastgan.data.loader import Loader
+    from fastgan.engine.engine import Engine, StepStats
+    from fastgan.errors import InputError, NotBuiltError, RunError
+    from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
+    from fastgan.nn.registry import build_model, register_model
+
+_HOMES = {
+    "DCGANDiscriminator": "fastgan.nn.dcgan",
+    "DCGANGenerator": "fastgan.nn.dcgan",
+    "Engine": "fastgan.engine.engine",
+    "ImageSet": "fastgan.data.images",
+    "InputError": "fastgan.errors",
+    "Loader": "fastgan.data.loader",
+    "NotBuiltError": "fastgan.errors",
+    "RunError": "fastgan.errors",
+    "StepStats": "fastgan.engine.engine",
+    "build_model": "fastgan.nn.registry",
+    "load_images": "fastgan.data.images",
+    "register_model": "fastgan.nn.registry",
+}
+
+__all__ = [
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "Engine",
+    "ImageSet",
+    "InputError",
+    "Loader",
+    "NotBuiltError",
+    "RunError",
+    "StepStats",
+    "__version__",
+    "build_model",
+    "load_images",
+    "register_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastgan' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,118 @@
+"""One forward pass over several batches laid one after another, as if each went through alone.
+
+Only batch norm looks across the samples of a batch, so where every other leaf works on each sample
+by itself, ``groups`` passes are one pass whose batch norms keep the groups apart. A module that
+might look across samples in another way, or that changes with each call (spectral norm, dropout,
+hooks), is not grouped; :func:`grouping_obstacle` says why not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastgan.ops.bn_act import bn_act
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+# Exact types: a subclass may do anything.
+_PER_SAMPLE = frozenset(
+    {
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
+        *(nn.Mish, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.LogSigmoid),
+        *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+        *(nn.GroupNorm, nn.LayerNorm, nn.PixelShuffle, nn.PixelUnshuffle),
+        *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+        *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d),
+    }
+)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def grouping_obstacle(module: nn.Module) -> str | None:
+    """Why :func:`grouped_forward` may not be used on ``module``; None where it may."""
+    for name, part in module.named_modules():
+        where = f"{name or 'the module itself'} ({type(part).__name__})"
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            return f"{where} has hooks, which would see both batches at once"
+        if parametrize.is_parametrized(part):
+            return f"{where} is parametrized, which may change with each pass"
+        if "forward" in vars(part):
+            return f"{where} has its forward replaced"
+        if type(part) in _PER_SAMPLE or type(part) in _BATCH_NORMS or _walks_children(part):
+            continue
+        if isinstance(part, parametrize.ParametrizationList):
+            continue
+        return f"{where} is not known to treat each sample alone"
+    return None
+
+
+def grouped_forward(module: nn.Module, x: Tensor, groups: int) -> Tensor:
+    """``module`` over ``groups`` equal batches that lie one after another in ``x``.
+
+    Args:
+        module: one for which :func:`grouping_obstacle` is None.
+        x: ``[groups·n, ...]``.
+        groups: how many batches; 1 is an ordinary call.
+
+    Returns:
+        ``[groups·n, ...]``.
+
+    Equivalent to::
+
+        torch.cat([module(part) for part in x.chunk(groups)])
+    """
+    if groups == 1:
+        return module(x)
+    if hasattr(module, "forward_grouped"):
+        return module.forward_grouped(x, groups)
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            x = grouped_forward(child, x, groups)
+        return x
+    if isinstance(module, _BATCH_NORMS):
+        return _grouped_batch_norm(module, x, groups)
+    return module(x)
+
+
+def _walks_children(module: nn.Module) -> bool:
+    """Whether ``grouped_forward`` goes through ``module``'s children as its ``forward`` does."""
+    if type(module) is nn.Sequential:
+        return True
+    # A subclass that overrides forward alone has a forward_grouped that no longer matches it.
+    for cls in type(module).__mro__:
+        if "forward" in vars(cls) or "forward_grouped" in vars(cls):
+            return "forward" in vars(cls) and "forward_grouped" in vars(cls)
+    return False
+
+
+def _grouped_batch_norm(
+    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor, groups: int
+) -> Tensor:
+    if not bn.training:
+        return bn(x) if bn.running_mean is not None else torch.cat([bn(p) for p in x.chunk(groups)])
+    if bn.num_batches_tracked is not None:
+        if bn.momentum is None:
+            # A cumulative average weighs each batch differently; the module keeps that count.
+            return torch.cat([bn(part) for part in x.chunk(groups)])
+        bn.num_batches_tracked.add_(groups)
+    return bn_act(
+        x,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        momentum=0.0 if bn.momentum is None else bn.momentum,
+        eps=bn.eps,
+        groups=groups,
+    )

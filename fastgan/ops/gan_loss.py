@@ -1,0 +1,71 @@
+"""The adversarial loss, and what a GAN's log shows beside it, over groups of the batch.
+
+For group ``g`` of the logits ``l``, with target ``t_g`` in [0, 1] (1 real, 0 fake):
+
+    bce:   loss_g = mean(max(l, 0) - l·t_g + log(1 + exp(-|l|)))
+    d_g    = mean(sigmoid(l))
+
+the binary cross-entropy of Goodfellow et al. 2014 (https://arxiv.org/abs/1406.2661) on logits, in
+the form that neither overflows nor loses the small values. A generator that minimises it with
+``t = 1`` minimises the non-saturating loss -log D(G(z)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan.errors import InputError, NotBuiltError
+
+
+def gan_loss_reference(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The formula above in differentiable torch. Arguments as in :func:`gan_loss`."""
+    losses, means = [], []
+    for part, target in zip(logits.chunk(len(targets)), targets, strict=True):
+        losses.append(F.binary_cross_entropy_with_logits(part, torch.full_like(part, target)))
+        means.append(part.detach().sigmoid().mean())
+    return torch.stack(losses), torch.stack(means)
+
+
+def gan_loss(
+    logits: Tensor, targets: Sequence[float], *, kind: str = "bce"
+) -> tuple[Tensor, Tensor]:
+    """Loss of each group of the batch against its target, and the mean of D(x) over it.
+
+    Args:
+        logits: ``[groups·n, ...]``, floating; the discriminator's output before any sigmoid.
+        targets: one for each of the ``groups`` equal parts of the batch, each in [0, 1].
+        kind: ``bce``.
+
+    Returns:
+        ``loss [groups]``, differentiable, and ``d [groups]``, detached; both of the logits' dtype,
+        each the mean over all elements of its group.
+
+    Raises:
+        InputError: the number of targets does not divide the batch, or a target is out of range.
+        NotBuiltError: ``kind`` is a loss that this version does not have.
+
+    Equivalent to::
+
+        loss = [F.binary_cross_entropy_with_logits(part, torch.full_like(part, t))
+                for part, t in zip(logits.chunk(len(targets)), targets)]
+        d = [part.sigmoid().mean() for part in logits.chunk(len(targets))]
+    """
+    if kind != "bce":
+        raise NotBuiltError(f"kind={kind!r}: this version has only 'bce'")
+    if not targets or logits.shape[0] % len(targets):
+        raise InputError(
+            f"targets: {len(targets)} groups do not divide the batch of {logits.shape[0]}"
+        )
+    for target in targets:
+        if not 0.0 <= target <= 1.0:
+            raise InputError(f"targets: {target} is not in [0, 1]")
+    return gan_loss_reference(logits, targets)
+
+
+def bce_loss(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """:func:`gan_loss` with ``kind="bce"``."""
+    return gan_loss(logits, targets, kind="bce")

@@ -1,0 +1,5 @@
+"""All metadata is in pyproject.toml; compiled extensions will be declared here."""
+
+from setuptools import setup
+
+setup()
