@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from fastgan.nn.modes import evaluation_mode
 from fastgan.ops.augment import augment
 from fastgan.ops.backend import resolve_backend
 from fastgan.ops.gan_loss import gan_loss
+from fastgan.seeding import generator
 
 logger = logging.getLogger("fastgan")
 
@@ -179,8 +179,8 @@ class Engine:
         self.opt_d = opt_d or _adam("lr_d", netD, lr if lr_d is None else lr_d, betas, self.device)
         self._ema = ExponentialMovingAverage(netG, ema) if ema else None
         # Sampling has a generator of its own, so that looking at a GAN does not change its training.
-        self.generator = _generator(self.device, seed, 0)
-        self._sample_generator = _generator(self.device, seed, 1)
+        self.generator = generator(seed, "noise", device=self.device)
+        self._sample_generator = generator(seed, "sample", device=self.device)
         self.steps = 0
         self._requested_output = d_output
         self._output: DiscriminatorOutput | None = None
@@ -353,10 +353,9 @@ class Engine:
     def _prepare_networks(self) -> tuple[int, ...]:
         """Find out, once, what G makes and D returns; neither network nor generator is changed."""
         if self._image_shape is None:
-            generator = torch.Generator(self.device).manual_seed(0)
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices), evaluation_mode(self.netD):
-                z = self._noise(2, generator).to(self.device, self._dtype)
+                z = self._noise(2, generator(0, "probe", device=self.device)).to(self.device, self._dtype)
                 images = _probe("netG", functools.partial(sample, self.netG), "noise", z)
                 if images.ndim != 4 or len(images) != 2:
                     raise InputError(
@@ -540,11 +539,6 @@ def _adam(
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     rate = torch.tensor(lr, dtype=dtype, device=device)
     return torch.optim.Adam(module.parameters(), lr=rate, betas=betas, fused=True, capturable=True)
-
-
-def _generator(device: torch.device, seed: int, stream: int) -> torch.Generator:
-    words = np.random.SeedSequence([seed & (2**64 - 1), stream]).generate_state(2, np.uint32)
-    return torch.Generator(device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def _noise_function(

@@ -1,0 +1,149 @@
+"""Batches of an image set: shuffled, optionally flipped, scaled to [-1, 1], on the device.
+
+The order of epoch ``e`` and its flips are a function of ``(seed, e)`` alone, so that a position is
+two numbers and going back to it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgan.data.images import ImageSet
+from fastgan.errors import InputError
+from fastgan.ops.augment import augment
+from fastgan.seeding import generator
+
+# Images up to this part of the free memory of a GPU are kept on it.
+_RESIDENT_SHARE = 0.5
+
+
+class Loader:
+    """Draws batches of ``data`` for ever; the last, smaller batch of an epoch is drawn too.
+
+    Iterating over it gives the batches that are left of the present epoch, as a ``DataLoader``
+    would; :meth:`next_batch` goes on into the next.
+
+    Args:
+        data: the images.
+        batch_size: images in a batch.
+        seed: of the order and the flips.
+        flip: mirror each image left to right with probability 1/2.
+        shuffle: draw in a new random order each epoch, else in the set's own.
+        device: where the batches lie, and the images too if they fit.
+        dtype: of the batches, floating.
+
+    Raises:
+        InputError: ``batch_size`` is less than 1 or larger than the set.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        flip: bool = False,
+        shuffle: bool = True,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} must be at least 1")
+        if batch_size > len(data):
+            raise InputError(
+                f"batch_size={batch_size} is larger than the {len(data)} images of "
+                f"{data.description}; at most {len(data)}"
+            )
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self.flip = flip
+        self.shuffle = shuffle
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.epoch = 0
+        self.batch = 0
+        self._images = _as_tensor(data.images)
+        self._labels = torch.from_numpy(data.labels) if data.labels is not None else None
+        if self.device.type == "cuda" and _fits(self._images, self.device):
+            self._images = self._images.to(self.device)
+        self._order: Tensor
+        self._flips: Tensor | None
+        self._start_epoch(0)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.data) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        epoch = self.epoch
+        while self.epoch == epoch:
+            yield self.next_batch()
+
+    def next_batch(self) -> tuple[Tensor, Tensor | None]:
+        """The next batch, ``[n, nc, S, S]`` in [-1, 1], and its labels ``[n]`` int64 or None."""
+        part = slice(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
+        index = self._order[part]
+        flips = self._flips[part].to(self.device) if self._flips is not None else None
+        if self._images.device == self.device:
+            images = augment(self._images, index.to(self.device), flips, dtype=self.dtype)
+        else:
+            gathered = self._images[index].pin_memory().to(self.device, non_blocking=True)
+            images = augment(gathered, None, flips, dtype=self.dtype)
+        labels = self._labels[index].to(self.device) if self._labels is not None else None
+        self.batch += 1
+        if self.batch == len(self):
+            self._start_epoch(self.epoch + 1)
+        return images, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it depends on."""
+        return {"epoch": self.epoch, "batch": self.batch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the position in ``state``.
+
+        Raises:
+            InputError: it is a position in other data or with other settings.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise InputError(
+                    f"loader: the saved position has {name}={state[name]!r}, this loader "
+                    f"{value!r}; resume with the same data and settings"
+                )
+        self._start_epoch(state["epoch"])
+        self.batch = state["batch"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "flip": self.flip,
+            "shuffle": self.shuffle,
+            "digest": self.data.digest,
+        }
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.epoch, self.batch = epoch, 0
+        n = len(self.data)
+        draw = generator(self.seed, "epoch", epoch)
+        self._order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
+        self._flips = torch.rand(n, generator=draw) < 0.5 if self.flip else None
+
+
+def _as_tensor(images: np.ndarray[Any, Any]) -> Tensor:
+    # torch wants to be able to write; a read-only array in memory is copied, a mapped file is
+    # mapped copy-on-write already.
+    writable = images if images.flags.writeable else np.array(images)
+    return torch.from_numpy(np.ascontiguousarray(writable))
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.numel() < _RESIDENT_SHARE * free
