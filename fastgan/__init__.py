@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fastgan.errors import InputError, NotBuiltError, RunError
     from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
     from fastgan.nn.registry import build_model, register_model
+    from fastgan.ops.augment import augment
+    from fastgan.ops.bn_act import bn_act
+    from fastgan.ops.gan_loss import bce_loss, gan_loss
 
 _HOMES = {
     "DCGANDiscriminator": "fastgan.nn.dcgan",
@@ -26,6 +29,10 @@ _HOMES = {
     "NotBuiltError": "fastgan.errors",
     "RunError": "fastgan.errors",
     "StepStats": "fastgan.engine.engine",
+    "augment": "fastgan.ops.augment",
+    "bce_loss": "fastgan.ops.gan_loss",
+    "bn_act": "fastgan.ops.bn_act",
+    "gan_loss": "fastgan.ops.gan_loss",
     "build_model": "fastgan.nn.registry",
     "load_images": "fastgan.data.images",
     "register_model": "fastgan.nn.registry",
@@ -42,7 +49,11 @@ __all__ = [
     "RunError",
     "StepStats",
     "__version__",
+    "augment",
+    "bce_loss",
+    "bn_act",
     "build_model",
+    "gan_loss",
     "load_images",
     "register_model",
 ]

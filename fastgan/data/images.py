@@ -112,7 +112,7 @@ def load_images(
         array is not None and array.shape[1:] == (image_size, image_size, nc)
     ):
         return build.in_memory()
-    root = Path(cache_dir or os.environ.get("FASTGAN_CACHE") or _default_cache())
+    root = Path(cache_dir) if cache_dir else default_cache()
     settings = [FORMAT, opened.fingerprint, image_size, nc]
     entry = root / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     found = _read_entry(entry, opened.description)
@@ -161,7 +161,7 @@ class _Build:
         )
 
     def to_cache(self, entry: Path) -> None:
-        """Write the entry; leaves nothing behind if it fails, and replaces nothing that is whole."""
+        """Write the entry; a failure leaves nothing behind, and what is whole is not replaced."""
         temporary: Path | None = None
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -252,9 +252,7 @@ class _Build:
         self.check_bad(bad, total)
 
 
-def _map_ordered(
-    function: Callable[[int], Any], total: int, workers: int
-) -> Iterator[Any]:
+def _map_ordered(function: Callable[[int], Any], total: int, workers: int) -> Iterator[Any]:
     """``map(function, range(total))`` by ``workers`` threads, a bounded way ahead of the reader."""
     if workers == 1:
         yield from map(function, range(total))
@@ -346,9 +344,11 @@ def _sweep(root: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastgan"
+def default_cache() -> Path:
+    """``$FASTGAN_CACHE``, else ``fastgan`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if "FASTGAN_CACHE" in os.environ:
+        return Path(os.environ["FASTGAN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ two numbers and going back to it costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,7 +79,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.data) // self.batch_size)
+        return math.ceil(len(self.data) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         epoch = self.epoch

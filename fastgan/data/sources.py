@@ -27,11 +27,12 @@ from fastgan.errors import InputError
 Sample: TypeAlias = "tuple[Image.Image | Pixels, int | None]"
 
 IMAGE_SUFFIXES = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga".split()
+    {
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".gif", ".tif"),
+        *(".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    }
 )
-KINDS = (
-    "a folder of images, a .zip of images, .npy, .npz, .h5/.hdf5, MNIST idx files, or 'digits'"
-)
+KINDS = "a folder of images, a .zip of images, .npy, .npz, .h5/.hdf5, MNIST idx files, or 'digits'"
 # What reading a damaged file of NumPy's raises.
 _READ_ERRORS = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 
@@ -335,7 +336,7 @@ def _has_negative(dataset: Any, i: int) -> bool:
 def _split_item(item: Any) -> tuple[Any, int | None]:
     if not isinstance(item, (tuple, list)):
         return item, None
-    label = item[1] if len(item) > 1 else None
+    label: Any = item[1] if len(item) > 1 else None
     if hasattr(label, "item") and np.ndim(label) == 0:
         label = label.item()
     return item[0], label if isinstance(label, int) and not isinstance(label, bool) else None
@@ -366,7 +367,11 @@ def _from_item(image: Any, signed: bool) -> Pixels:
 def _classes_of(names: Sequence[str]) -> tuple[list[int] | None, tuple[str, ...]]:
     """Labels by the first folder of each path, below the folders that all have in common."""
     folders = [PurePosixPath(name).parts[:-1] for name in names]
-    shared = len(os.path.commonprefix([list(parts) for parts in folders]))
+    shared = 0
+    for level in zip(*folders, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared += 1
     if any(len(parts) == shared for parts in folders):
         return None, ()
     own = [parts[shared] for parts in folders]

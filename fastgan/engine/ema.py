@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 
 class ExponentialMovingAverage:
-    """Keeps ``average = decay·average + (1 - decay)·module`` after each step.
+    """Keeps ``average = decay·average + (1 - decay)·parameters`` after each step.
 
-    Parameters and floating-point buffers (the running statistics of batch norms) are averaged
-    alike, so that the statistics belong to the averaged weights; other buffers are copied.
-    Yazıcı et al. 2018, https://arxiv.org/abs/1806.04498.
+    Yazıcı et al. 2018, https://arxiv.org/abs/1806.04498. Averaged weights are smaller than the
+    weights they average, so that no statistics gathered in training fit them: those of batch norms
+    are measured anew, by :meth:`calibrate`, when the average is about to be used.
 
     Args:
         module: what is averaged; its state is the first average.
@@ -26,17 +28,23 @@ class ExponentialMovingAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(module).requires_grad_(False)
+        self._stale = True
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take in the present state of ``module``."""
-        averaged, current = [], []
-        for mine, theirs in zip(
-            self.module.state_dict().values(), module.state_dict().values(), strict=True
-        ):
-            if mine.is_floating_point():
-                averaged.append(mine)
-                current.append(theirs)
-            else:
-                mine.copy_(theirs)
-        torch._foreach_lerp_(averaged, current, 1.0 - self.decay)
+        """Take in the present parameters of ``module``, and its buffers as they are."""
+        torch._foreach_lerp_(
+            list(self.module.parameters()), list(module.parameters()), 1.0 - self.decay
+        )
+        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            mine.copy_(theirs)
+        self._stale = True
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure the statistics of the average's batch norms on ``batches`` of noise.
+
+        Does nothing where the weights have not changed since it was last called.
+        """
+        if self._stale:
+            update_bn(batches, self.module)
+            self._stale = False

@@ -178,7 +178,7 @@ class Engine:
         self.opt_g = opt_g or _adam("lr", netG, lr, betas, self.device)
         self.opt_d = opt_d or _adam("lr_d", netD, lr if lr_d is None else lr_d, betas, self.device)
         self._ema = ExponentialMovingAverage(netG, ema) if ema else None
-        # Sampling has a generator of its own, so that looking at a GAN does not change its training.
+        # Sampling has its own generator: looking at a GAN does not change its training.
         self.generator = generator(seed, "noise", device=self.device)
         self._sample_generator = generator(seed, "sample", device=self.device)
         self.steps = 0
@@ -191,8 +191,13 @@ class Engine:
 
     @property
     def ema_module(self) -> nn.Module | None:
-        """The averaged generator; None where ``ema`` is 0."""
-        return self._ema.module if self._ema else None
+        """The averaged generator, ready to be used in evaluation mode; None where ``ema`` is 0."""
+        if self._ema is None:
+            return None
+        draw = generator(0, "calibrate", device=self.device)
+        noise = (self.draw_noise(64, draw) for _ in range(8))
+        self._ema.calibrate(noise)
+        return self._ema.module
 
     def attach(self, loader: BatchSource) -> None:
         """Let :meth:`step` draw its batches from ``loader``, whose position joins the state."""
@@ -220,7 +225,7 @@ class Engine:
         """
         _refuse_labels(labels=labels, fake_labels=fake_labels)
         batches = self._batches(real)
-        zs = self._split("noise", noise)
+        zs = [None] * self.n_d if noise is None else self._split("noise", noise)
         for i, (batch, z) in enumerate(zip(batches, zs, strict=True)):
             x = self._prepare(batch)
             # Only the last fake batch goes on to update G.
@@ -253,7 +258,9 @@ class Engine:
         """One update of G on ``n`` fresh samples, or on those that ``noise [n, ...]`` gives."""
         _refuse_labels(fake_labels=fake_labels)
         if (n is None) == (noise is None):
-            raise InputError(f"g_step: give either n or noise, not {'neither' if n is None else 'both'}")
+            raise InputError(
+                f"g_step: give either n or noise, not {'neither' if n is None else 'both'}"
+            )
         count = len(noise) if noise is not None else int(n or 0)
         if count < 1:
             raise InputError(f"n={count} must be at least 1")
@@ -274,11 +281,15 @@ class Engine:
         if n < 1:
             raise InputError(f"n={n} must be at least 1")
         if noise is None:
-            noise = self._noise(n, self._sample_generator)
+            noise = self.draw_noise(n, self._sample_generator)
         if len(noise) != n:
             raise InputError(f"noise has {len(noise)} rows; n={n} samples need as many")
-        module = self.ema_module if ema and self.ema_module is not None else self.netG
-        return sample(module, noise.to(self.device, self._dtype))
+        averaged = self.ema_module if ema else None
+        return sample(averaged or self.netG, noise.to(self.device, self._dtype))
+
+    def draw_noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """Noise ``[n, ...]`` for ``netG`` from ``generator``, which is on the engine's device."""
+        return self._noise(n, generator).to(self.device, self._dtype)
 
     def reduce_gradients(self, params: Iterable[nn.Parameter]) -> None:
         """Called with the parameters of the network about to be updated, gradients in place.
@@ -291,7 +302,7 @@ class Engine:
         return {
             "netG": self.netG.state_dict(),
             "netD": self.netD.state_dict(),
-            "ema": self._ema.module.state_dict() if self._ema else None,
+            "ema": averaged.state_dict() if (averaged := self.ema_module) else None,
             "opt_g": self.opt_g.state_dict(),
             "opt_d": self.opt_d.state_dict(),
             "generator": self.generator.get_state(),
@@ -334,9 +345,7 @@ class Engine:
         else:
             raise InputError("real: no batch was given and no loader is attached")
 
-    def _split(self, name: str, batch: Tensor | None) -> Sequence[Tensor | None]:
-        if batch is None:
-            return [None] * self.n_d
+    def _split(self, name: str, batch: Tensor) -> Sequence[Tensor]:
         if len(batch) == 0 or len(batch) % self.n_d:
             raise InputError(
                 f"{name}: a batch of {len(batch)} cannot be cut into n_d={self.n_d} equal parts"
@@ -345,7 +354,7 @@ class Engine:
 
     def _fake(self, n: int, noise: Tensor | None) -> Tensor:
         if noise is None:
-            noise = self._noise(n, self.generator)
+            noise = self.draw_noise(n, self.generator)
         elif len(noise) != n:
             raise InputError(f"noise has {len(noise)} rows; {n} real images need as many")
         return self.netG(noise.to(self.device, self._dtype))
@@ -355,7 +364,7 @@ class Engine:
         if self._image_shape is None:
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices), evaluation_mode(self.netD):
-                z = self._noise(2, generator(0, "probe", device=self.device)).to(self.device, self._dtype)
+                z = self.draw_noise(2, generator(0, "probe", device=self.device))
                 images = _probe("netG", functools.partial(sample, self.netG), "noise", z)
                 if images.ndim != 4 or len(images) != 2:
                     raise InputError(
@@ -463,6 +472,22 @@ def sample(netG: nn.Module, noise: Tensor) -> Tensor:
         return torch.cat([netG(z) for z in noise.split(_SAMPLE_CHUNK)])
 
 
+def noise_shape(netG: nn.Module) -> tuple[int, ...]:
+    """The shape of one ``z`` by ``netG.nz``; see ``noise`` of :class:`Engine`.
+
+    Raises:
+        InputError: ``netG`` has no integer ``nz``.
+    """
+    nz = getattr(netG, "nz", None)
+    if not isinstance(nz, int):
+        raise InputError(
+            f"noise=None: netG ({type(netG).__name__}) has no integer attribute nz; give the "
+            "shape of one z, such as noise=(100, 1, 1)"
+        )
+    weight = next((p for p in netG.parameters() if p.ndim > 1), None)
+    return (nz, 1, 1) if weight is not None and weight.ndim == 4 else (nz,)
+
+
 def resolve_device(device: str | torch.device, module: nn.Module | None = None) -> torch.device:
     """The device that ``device`` means here; see :class:`Engine`.
 
@@ -522,7 +547,7 @@ def _check_scores(scores: Tensor, n: int) -> None:
 def _place(module: nn.Module, device: torch.device) -> nn.Module:
     module.to(device)
     if all(p.ndim != 5 for p in module.parameters()):
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(memory_format=torch.channels_last)
     return module
 
 
@@ -550,14 +575,7 @@ def _noise_function(
     if callable(noise):
         return noise
     if noise is None:
-        nz = getattr(netG, "nz", None)
-        if not isinstance(nz, int):
-            raise InputError(
-                f"noise=None: netG ({type(netG).__name__}) has no integer attribute nz; give the "
-                "shape of one z, such as noise=(100, 1, 1)"
-            )
-        weight = next((p for p in netG.parameters() if p.ndim > 1), None)
-        noise = (nz, 1, 1) if weight is not None and weight.ndim == 4 else (nz,)
+        noise = noise_shape(netG)
     shape = (noise,) if isinstance(noise, int) else tuple(noise)
     if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
         raise InputError(f"noise={noise!r} must be a shape of positive integers or a function")

@@ -50,7 +50,7 @@ class DCGANGenerator(nn.Module):
         self.nz, self.ngf, self.nc, self.image_size = nz, ngf, nc, image_size
         channels = [ngf << i for i in reversed(range(k))]
         layers: list[nn.Module] = [nn.ConvTranspose2d(nz, channels[0], s0, 1, 0, bias=False)]
-        for c_in, c_out in zip(channels, channels[1:] + [nc], strict=True):
+        for c_in, c_out in zip(channels, [*channels[1:], nc], strict=True):
             layers += [nn.BatchNorm2d(c_in), nn.ReLU(inplace=True)]
             layers += [nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]
         self.main = nn.Sequential(*layers, nn.Tanh())

@@ -8,11 +8,21 @@ hooks), is not grouped; :func:`grouping_obstacle` says why not.
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastgan.ops.bn_act import bn_act
+
+
+@runtime_checkable
+class _Grouped(Protocol):
+    """A module that knows how to take several batches."""
+
+    def forward_grouped(self, x: Tensor, groups: int) -> Tensor: ...
+
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -74,7 +84,7 @@ def grouped_forward(module: nn.Module, x: Tensor, groups: int) -> Tensor:
     """
     if groups == 1:
         return module(x)
-    if hasattr(module, "forward_grouped"):
+    if isinstance(module, _Grouped):
         return module.forward_grouped(x, groups)
     if isinstance(module, nn.Sequential):
         for child in module:

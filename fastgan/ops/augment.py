@@ -1,6 +1,6 @@
 """From a set of uint8 images to a batch for the networks: gather, flip, scale.
 
-    y[i, c, h, w] = images[index[i], h, w', c] / 127.5 - 1,   w' = W-1-w where flip[i] else w
+y[i, c, h, w] = images[index[i], h, w', c] / 127.5 - 1,   w' = W-1-w where flip[i] else w
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+"""``python -m fastgan``."""
+
+import sys
+
+from fastgan.cli import main
+
+sys.exit(main())

@@ -1,0 +1,300 @@
+"""Checkpoints: written whole or not at all, verified when they are read.
+
+``step-000500/`` holds ``netG.safetensors``, ``netD.safetensors``, ``ema.safetensors`` where an
+average is kept, ``state.pt`` (optimisers, generators, loader position; tensors and plain values
+only) and ``manifest.json`` (format, step, model, versions, thread count, and the SHA-256 of each
+file). It is written under a temporary name, synced and renamed, so that a folder with the final
+name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastgan._version import __version__
+from fastgan.engine.engine import Engine
+from fastgan.errors import InputError, RunError
+from fastgan.files import sync_folder, write_synced
+from fastgan.nn.dcgan import DCGANGenerator
+from fastgan.nn.registry import build_model
+
+FORMAT = 1
+_NETWORKS = ("netG", "netD", "ema")
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What :func:`fastgan.build_model` needs to build the networks of a checkpoint."""
+
+    name: str
+    nz: int
+    ngf: int
+    ndf: int
+    nc: int
+    image_size: int
+
+    def build(self) -> tuple[nn.Module, nn.Module]:
+        """New ``(netG, netD)``, initialised from the global generator."""
+        return build_model(
+            self.name,
+            nz=self.nz,
+            ngf=self.ngf,
+            ndf=self.ndf,
+            nc=self.nc,
+            image_size=self.image_size,
+        )
+
+
+def save_checkpoint(folder: Path, engine: Engine, model: ModelSpec) -> Path:
+    """Write the state of ``engine`` to ``folder/step-NNNNNN`` and return that path.
+
+    One that is there already for the same step is left as it is: steps are deterministic.
+
+    Raises:
+        RunError: a weight is not finite.
+        OSError: the disk is full or cannot be written; nothing is left behind.
+    """
+    target = folder / f"step-{engine.steps:06d}"
+    if target.exists() and _is_whole(target):
+        return target
+    state = engine.state_dict()
+    contents = {}
+    for name in _NETWORKS:
+        weights = state.pop(name)
+        if weights is not None:
+            _require_finite(name, weights, engine.steps)
+            plain = {key: value.cpu().contiguous() for key, value in weights.items()}
+            contents[f"{name}.safetensors"] = safetensors.torch.save(plain)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    contents["state.pt"] = buffer.getvalue()
+    manifest = {
+        "format": FORMAT,
+        "step": engine.steps,
+        "model": vars(model),
+        "threads": torch.get_num_threads(),
+        "versions": {"fastgan": __version__, "torch": str(torch.__version__)},
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+    }
+    contents["manifest.json"] = json.dumps(manifest, indent=1).encode()
+    temporary = folder / f".tmp-{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in contents.items():
+            write_synced(temporary / name, data)
+        sync_folder(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints; 0 removes none."""
+    if keep:
+        for path in list_checkpoints(folder)[keep:]:
+            # Renamed first, so that a half-removed one never bears a checkpoint's name.
+            doomed = path.with_name(f".old-{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean_checkpoints(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for pattern in (".tmp-step-*", ".old-step-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at ``path``.
+
+    Raises:
+        InputError: it is missing, damaged, or of a later format.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        if manifest["format"] > FORMAT:
+            raise InputError(
+                f"checkpoint {str(path)!r} has format {manifest['format']}, this version reads up "
+                f"to {FORMAT}; upgrade fastgan"
+            )
+        ModelSpec(**manifest["model"])
+        _ = manifest["step"], manifest["threads"], manifest["files"]["netG.safetensors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"checkpoint {str(path)!r} is damaged: manifest.json is missing or cannot be read"
+        ) from error
+    return dict(manifest)
+
+
+def load_checkpoint(path: Path, engine: Engine) -> None:
+    """Put the state at ``path`` into ``engine``, once every file's checksum is right.
+
+    Raises:
+        InputError: a file is missing or damaged, or is of other networks or data.
+    """
+    manifest = read_manifest(path)
+    contents = {name: _read_verified(path, name, manifest) for name in manifest["files"]}
+    state = _unpickle(path / "state.pt", contents["state.pt"])
+    for name in _NETWORKS:
+        data = contents.get(f"{name}.safetensors")
+        state[name] = safetensors.torch.load(data) if data is not None else None
+    try:
+        engine.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"checkpoint {str(path)!r} does not fit this run: {reason}") from error
+
+
+def load_newest(folder: Path, engine: Engine) -> tuple[Path | None, list[str]]:
+    """Put the newest checkpoint in ``folder`` that is not damaged into ``engine``.
+
+    Returns:
+        Its path, None if there is no checkpoint at all, and what was wrong with newer ones.
+
+    Raises:
+        InputError: there are checkpoints and every one is damaged, or one does not fit the run.
+    """
+    damaged = []
+    for path in list_checkpoints(folder):
+        try:
+            _verify(path)
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        load_checkpoint(path, engine)
+        return path, damaged
+    if damaged:
+        raise InputError(f"no checkpoint in {str(folder)!r} can be used: {damaged[0]}")
+    return None, []
+
+
+def load_generator(path: Path) -> nn.Module:
+    """A trained generator, on the CPU, the averaged one where there is one.
+
+    Args:
+        path: a run folder (its newest checkpoint that is not damaged), a checkpoint folder, or a
+            DCGAN generator's state dict as ``.pth``, ``.pt`` or ``.safetensors``.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    if not path.exists():
+        raise InputError(f"{str(path)!r} does not exist; give a run folder or a netG file")
+    if path.is_file():
+        return DCGANGenerator.from_state_dict(read_state_dict(path))
+    if (path / "manifest.json").exists():
+        return _generator_of(path)
+    candidates = list_checkpoints(path / "checkpoints")
+    if not candidates:
+        raise InputError(
+            f"{str(path)!r} holds no checkpoint; give a run folder (with checkpoints/step-…), a "
+            "checkpoint or a netG file"
+        )
+    for candidate in candidates:
+        try:
+            return _generator_of(candidate)
+        except InputError as error:
+            last = error
+    raise last
+
+
+def _generator_of(path: Path) -> nn.Module:
+    manifest = read_manifest(path)
+    name = "ema.safetensors" if "ema.safetensors" in manifest["files"] else "netG.safetensors"
+    weights = safetensors.torch.load(_read_verified(path, name, manifest))
+    netG, _ = ModelSpec(**manifest["model"]).build()
+    netG.load_state_dict(weights)
+    return netG
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in ``path``, ``.safetensors`` or what ``torch.save`` wrote, on the CPU.
+
+    Raises:
+        InputError: the file is neither, or holds more than tensors.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{str(path)!r} is not a safetensors file: {error}") from error
+    state = _unpickle(path, data)
+    if not isinstance(state, dict):
+        raise InputError(f"{str(path)!r} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _unpickle(path: Path, data: bytes) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{str(path)!r} is not a file of tensors alone; it is not loaded, since that could run "
+            "code it contains"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{str(path)!r} is not a readable torch file: {reason}") from error
+
+
+def _read_verified(path: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    try:
+        data = (path / name).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"checkpoint {str(path)!r} is damaged: {name} cannot be read: {error.strerror}"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != manifest["files"][name]:
+        raise InputError(f"checkpoint {str(path)!r} is damaged: the checksum of {name} is wrong")
+    return data
+
+
+def _verify(path: Path) -> None:
+    manifest = read_manifest(path)
+    for name in manifest["files"]:
+        _read_verified(path, name, manifest)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verify(path)
+    except InputError:
+        return False
+    return True
+
+
+def _require_finite(name: str, weights: dict[str, Tensor], step: int) -> None:
+    for key, value in weights.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise RunError(f"step {step}: {name}'s {key} is no longer finite")

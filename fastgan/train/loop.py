@@ -1,0 +1,352 @@
+"""A training run from its configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fastgan.data.images import ImageSet
+from fastgan.data.loader import Loader
+from fastgan.engine.engine import Engine, StepStats, resolve_device, sample
+from fastgan.errors import RunError
+from fastgan.files import replace_file
+from fastgan.ops.backend import resolve_backend
+from fastgan.seeding import generator
+from fastgan.train.checkpoint import (
+    ModelSpec,
+    clean_checkpoints,
+    list_checkpoints,
+    load_newest,
+    prune_checkpoints,
+    read_manifest,
+    save_checkpoint,
+)
+from fastgan.train.config import TrainConfig
+from fastgan.train.report import render_report
+from fastgan.train.run import RunFolder
+from fastgan.train.samples import image_grid, write_gif, write_png
+
+GRID = 64
+_ADVICE = (
+    "start anew with a lower --lr or another --seed, or look at the data; --resume would repeat "
+    "the same steps to the same end"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        step: the last step taken.
+        steps: the step at which the run is complete.
+        interrupted: whether a signal stopped it before that.
+        seconds: time spent in this process on steps alone.
+        images_per_second: over these.
+    """
+
+    step: int
+    steps: int
+    interrupted: bool
+    seconds: float
+    images_per_second: float
+
+
+def train(
+    config: TrainConfig,
+    data: ImageSet,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> RunResult:
+    """Run ``config`` on ``data`` in the folder ``out``, or go on with the run there.
+
+    SIGINT and SIGTERM (in the main thread) end it after the step in progress, with a checkpoint; a
+    second one ends it at once.
+
+    Args:
+        config: the settings; ``image_size`` and ``nc`` that are None are those of ``data``.
+        data: the images.
+        out: the run folder.
+        resume: continue the run in ``out`` from its newest whole checkpoint, bit for bit.
+        force: replace the run in ``out``.
+        progress: show a progress bar where the terminal is one.
+        say: takes each line for the user.
+
+    Raises:
+        InputError: the settings, the data or the folder cannot be used.
+        RunError: a loss or weight is not finite, or the disk cannot be written. The last good
+            checkpoint is as it was.
+    """
+    config = dataclasses.replace(config, image_size=data.image_size, nc=data.nc)
+    config.check()
+    folder = RunFolder(out)
+    if resume:
+        folder.check_resume()
+        config.check_resume(TrainConfig.from_yaml(folder.config))
+    else:
+        folder.check_new(force)
+    run = _Run(config, data, folder, say)
+    try:
+        if not resume:
+            folder.create(config, data.bad)
+        with folder.lock():
+            if resume:
+                run.restore()
+                replace_file(folder.config, config.to_yaml().encode())
+            return run.go(progress)
+    except OSError as error:
+        raise RunError(
+            f"step {run.engine.steps}: cannot write to {str(out)!r}: {error.strerror or error}; "
+            f"{run.last_good()}; free some room, then --resume goes on from there"
+        ) from error
+
+
+class _Run:
+    def __init__(
+        self, config: TrainConfig, data: ImageSet, folder: RunFolder, say: Callable[[str], None]
+    ) -> None:
+        self.config, self.data, self.folder, self.say = config, data, folder, say
+        self.steps = config.total_steps(len(data))
+        self.model = ModelSpec(
+            config.model, config.nz, config.ngf, config.ndf, data.nc, data.image_size
+        )
+        device = resolve_device(config.device)
+        resolve_backend(config.backend)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(config.seed)
+            netG, netD = self.model.build()
+        self.engine = Engine(
+            netG,
+            netD,
+            lr=config.lr,
+            betas=(config.beta1, 0.999),
+            ema=config.ema,
+            backend=config.backend,
+            device=device,
+            seed=config.seed,
+        )
+        loader = Loader(data, config.batch_size, seed=config.seed, flip=config.flip, device=device)
+        self.loader = loader
+        self.engine.attach(loader)
+        self.fixed_noise = self.engine.draw_noise(GRID, generator(config.seed, "grid", 0, device))
+        self.speed = _Speed()
+        self.seconds_before = 0.0
+
+    def restore(self) -> None:
+        """Go to the newest whole checkpoint; without any, start anew."""
+        clean_checkpoints(self.folder.checkpoints)
+        newest = list_checkpoints(self.folder.checkpoints)
+        path, damaged = load_newest(self.folder.checkpoints, self.engine)
+        for reason in damaged:
+            self.say(f"Warning: {reason}; going back to an earlier one.")
+        if path is None:
+            self.say(f"No checkpoint in {self.folder.path} yet: starting from step 0.")
+        else:
+            self._restore_threads(int(read_manifest(path)["threads"]))
+            self.say(f"Resuming {self.folder.path} at step {self.engine.steps} of {self.steps}.")
+        for broken in newest[: len(damaged)]:
+            broken.rename(broken.with_name(f"damaged-{broken.name}"))
+        self.folder.rewind(self.engine.steps)
+        rows = self.folder.read_metrics()
+        self.seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
+
+    def _restore_threads(self, threads: int) -> None:
+        # Sums are taken in an order that depends on the number of threads.
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+            self.say(f"Using {threads} threads, as the run did so far, to go on bit for bit.")
+
+    def go(self, progress: bool) -> RunResult:
+        """Take the steps that are left."""
+        config, engine = self.config, self.engine
+        if engine.steps >= self.steps:
+            self.say(f"The run is complete at step {engine.steps}; a larger --steps goes on.")
+            return self._result(interrupted=False)
+        self.folder.samples.mkdir(exist_ok=True)
+        self.folder.checkpoints.mkdir(exist_ok=True)
+        window = _Window(config.log_every, engine.device)
+        signals = _StopSignals()
+        with (
+            signals,
+            self.folder.metrics.open("a", encoding="utf-8") as metrics,
+            SummaryWriter(str(self.folder.events), purge_step=engine.steps + 1) as events,
+            tqdm(
+                initial=engine.steps,
+                total=self.steps,
+                unit="step",
+                dynamic_ncols=True,
+                disable=None if progress else True,
+            ) as bar,
+        ):
+            while engine.steps < self.steps and signals.received is None:
+                started = time.perf_counter()
+                window.add(engine.step())
+                step = engine.steps
+                last = step == self.steps or signals.received is not None
+                log = step % config.log_every == 0 or step == self.steps
+                save = last or step % config.save_every == 0
+                draw = step == self.steps or step % config.sample_every == 0
+                values = self._read(window) if log or save or draw else None
+                self.speed.add(self._batch_images(), time.perf_counter() - started)
+                bar.update()
+                if log and values is not None:
+                    row = self._row(values)
+                    metrics.write(f"{json.dumps(row)}\n")
+                    metrics.flush()
+                    for name, value in values.items():
+                        events.add_scalar(name, value, step)
+                    bar.set_postfix_str(
+                        f"{row['images_per_second']:.0f} img/s, loss D {values['loss_d']:.3f} "
+                        f"G {values['loss_g']:.3f}, D(x) {values['d_real']:.2f}, "
+                        f"D(G(z)) {values['d_fake']:.2f}"
+                    )
+                if draw:
+                    grid = image_grid(self._sample(), 8)
+                    write_png(self.folder.sample_path(step), grid)
+                if save:
+                    self._save()
+        return self._result(interrupted=engine.steps < self.steps)
+
+    def last_good(self) -> str:
+        """The newest checkpoint, in words."""
+        found = list_checkpoints(self.folder.checkpoints)
+        return f"last good checkpoint: {found[0]}" if found else "there is no checkpoint yet"
+
+    def _sample(self) -> torch.Tensor:
+        return sample(self.engine.ema_module or self.engine.netG, self.fixed_noise)
+
+    def _save(self) -> None:
+        try:
+            save_checkpoint(self.folder.checkpoints, self.engine, self.model)
+        except RunError as error:
+            raise self._not_finite(str(error)) from None
+        prune_checkpoints(self.folder.checkpoints, self.config.keep)
+        pictures = self.folder.sample_paths()
+        write_gif(self.folder.gif, pictures)
+        page = render_report(
+            f"fastgan: {self.folder.path.name}",
+            {
+                "step": f"{self.engine.steps} of {self.steps}",
+                "images": f"{len(self.data)} from {self.data.description}",
+                "speed": f"{self.speed.mean():.0f} img/s on {self.engine.device}, "
+                f"{torch.get_num_threads()} threads",
+            },
+            yaml.safe_load(self.config.to_yaml()),
+            self.folder.read_metrics(),
+            pictures,
+            self.data.bad,
+        )
+        replace_file(self.folder.report, page.encode())
+
+    def _read(self, window: _Window) -> dict[str, float]:
+        """The values of the last step; stops at the first loss since that is not finite."""
+        rows = window.read()
+        for i, row in enumerate(rows):
+            for name in ("loss_d", "loss_g"):
+                if not torch.isfinite(torch.tensor(row[name])):
+                    step = self.engine.steps - len(rows) + 1 + i
+                    raise self._not_finite(f"step {step}: {name} is {row[name]}")
+        return rows[-1]
+
+    def _not_finite(self, what: str) -> RunError:
+        return RunError(f"{what}; {self.last_good()}, left as it was; {_ADVICE}")
+
+    def _batch_images(self) -> int:
+        """Images in the batch just drawn; the last of an epoch is smaller."""
+        drawn = self.loader.batch or len(self.loader)
+        full = self.config.batch_size
+        return min(full, len(self.data) - (drawn - 1) * full)
+
+    def _row(self, values: dict[str, float]) -> dict[str, Any]:
+        epoch = self.loader.epoch + self.loader.batch / len(self.loader)
+        return {
+            "step": self.engine.steps,
+            "epoch": round(epoch, 4),
+            **values,
+            "images_per_second": round(self.speed.lap(), 1),
+            "seconds": round(self.seconds_before + self.speed.seconds, 3),
+        }
+
+    def _result(self, interrupted: bool) -> RunResult:
+        return RunResult(
+            self.engine.steps, self.steps, interrupted, self.speed.seconds, self.speed.mean()
+        )
+
+
+class _Speed:
+    """Images a second over the time spent on steps: samples and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds = 0, 0.0
+        self._lap_images, self._lap_seconds = 0, 0.0
+
+    def add(self, images: int, seconds: float) -> None:
+        self.images += images
+        self.seconds += seconds
+
+    def mean(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def lap(self) -> float:
+        """The speed since this was last asked."""
+        images, seconds = self.images - self._lap_images, self.seconds - self._lap_seconds
+        self._lap_images, self._lap_seconds = self.images, self.seconds
+        return images / seconds if seconds else 0.0
+
+
+class _Window:
+    """The statistics of the steps since they were last read, kept on the device until then."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._rows = torch.zeros(size, len(StepStats._fields), device=device)
+        self._count = 0
+
+    def add(self, stats: StepStats) -> None:
+        self._rows[self._count].copy_(torch.stack(tuple(stats)))
+        self._count += 1
+
+    def read(self) -> list[dict[str, float]]:
+        rows = self._rows[: self._count].tolist()
+        self._count = 0
+        return [dict(zip(StepStats._fields, row, strict=True)) for row in rows]
+
+
+class _StopSignals:
+    """Within this context the first SIGINT or SIGTERM is noted, a second one takes its course."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)

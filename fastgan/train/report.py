@@ -1,0 +1,132 @@
+"""``report.html``: one page with a run's settings, curves and samples, complete in itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgan.train.samples import thin
+
+MAX_POINTS = 600
+MAX_PICTURES = 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 240, 56, 28, 10
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em;
+       color: #222; background: #fff; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.15em; margin-top: 2em; }
+table { border-collapse: collapse; } td { padding: 2px 16px 2px 0; vertical-align: top; }
+td:first-child { color: #666; } svg { width: 100%; height: auto; }
+svg text { font: 11px system-ui, sans-serif; fill: #555; }
+.timeline { display: grid; gap: 16px;
+            grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); }
+figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; }
+figcaption { color: #666; font-size: 13px; }
+"""
+
+
+def render_report(
+    title: str,
+    summary: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, float]],
+    samples: Sequence[Path],
+    skipped: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The page.
+
+    Args:
+        title: heading.
+        summary: what came of the run, name to value.
+        settings: its configuration, name to value.
+        metrics: the lines of ``metrics.jsonl``.
+        samples: grids in order of their steps, named ``step-NNNNNN.png``.
+        skipped: ``(name, reason)`` of images that could not be used.
+    """
+    losses = {"loss D": "loss_d", "loss G": "loss_g"}
+    scores = {"D(x)": "d_real", "D(G(z)) before": "d_fake", "D(G(z)) after": "d_fake_g"}
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
+        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1>{_table(summary)}",
+        f"<h2>Losses</h2>{_chart(metrics, losses)}",
+        "<h2>What D thinks</h2><p>The mean of D over real images, D(x), and over samples, D(G(z)), "
+        "before and after D's update. A D that wins has them near 1 and 0; a G that wins has both "
+        f"near 0.5.</p>{_chart(metrics, scores, 0.0, 1.0)}",
+        f"<h2>Samples, from the same noise</h2><div class=timeline>{_timeline(samples)}</div>",
+        f"<h2>Settings</h2>{_table(settings)}",
+    ]
+    if skipped:
+        parts.append(f"<h2>Skipped images ({len(skipped)})</h2>{_table(dict(skipped))}")
+    return "\n".join(parts) + "\n</html>\n"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = (
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _timeline(samples: Sequence[Path]) -> str:
+    figures = []
+    for path in thin(list(samples), MAX_PICTURES):
+        data = base64.b64encode(path.read_bytes()).decode()
+        step = int(path.stem.removeprefix("step-"))
+        figures.append(
+            f"<figure><img alt='samples at step {step}' src='data:image/png;base64,{data}'>"
+            f"<figcaption>step {step}</figcaption></figure>"
+        )
+    return "".join(figures) or "<p>None yet.</p>"
+
+
+def _chart(
+    metrics: Sequence[Mapping[str, float]],
+    series: Mapping[str, str],
+    low: float | None = None,
+    high: float | None = None,
+) -> str:
+    if len(metrics) < 2:
+        return "<p>Not enough steps yet.</p>"
+    stride = max(1, math.ceil(len(metrics) / MAX_POINTS))
+    rows = [*metrics[:-1:stride], metrics[-1]]
+    values = sorted(row[key] for row in rows for key in series.values())
+    low = min(0.0, values[0]) if low is None else low
+    # A few spikes would flatten all the rest.
+    high = max(values[int(0.995 * (len(values) - 1))] * 1.1, low + 1e-6) if high is None else high
+    first, last = rows[0]["step"], rows[-1]["step"]
+    inner_width, inner_height = _WIDTH - _LEFT - 10, _HEIGHT - _TOP - _BOTTOM
+
+    def x(step: float) -> float:
+        return _LEFT + inner_width * (step - first) / max(last - first, 1)
+
+    def y(value: float) -> float:
+        return _TOP + inner_height * (1.0 - (min(max(value, low), high) - low) / (high - low))
+
+    parts = [f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role=img>"]
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        parts.append(
+            f"<line x1='{_LEFT}' x2='{_WIDTH - 10}' y1='{y(value):.1f}' y2='{y(value):.1f}' "
+            f"stroke='#ddd'/><text x='{_LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>"
+            f"{value:.2f}</text>"
+        )
+        step = first + (last - first) * i / 4
+        anchor = "end" if i == 4 else "middle"
+        parts.append(
+            f"<text x='{x(step):.1f}' y='{_HEIGHT - 8}' text-anchor='{anchor}'>{step:.0f}</text>"
+        )
+    for i, (label, key) in enumerate(series.items()):
+        points = " ".join(f"{x(row['step']):.1f},{y(row[key]):.1f}" for row in rows)
+        colour = _COLOURS[i]
+        parts.append(
+            f"<polyline fill='none' stroke='{colour}' stroke-width='1.2' points='{points}'/>"
+            f"<text x='{_LEFT + 10 + 130 * i}' y='{_TOP + 12}' style='fill:{colour}'>{label}</text>"
+        )
+    return "".join(parts) + "</svg>"

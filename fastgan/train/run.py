@@ -1,0 +1,188 @@
+"""The folder of a training run and what is written to it.
+
+config.yaml  metrics.jsonl  events/  samples/step-000500.png  samples.gif
+checkpoints/step-000500/    report.html    skipped.txt (where images were)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgan.errors import InputError
+from fastgan.files import replace_file, sync_folder, write_synced
+from fastgan.train.config import TrainConfig
+
+_OWN_NAMES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "events",
+    "samples",
+    "samples.gif",
+    "checkpoints",
+    "report.html",
+    "skipped.txt",
+)
+
+
+class RunFolder:
+    """Paths of a run, and the few things that are done to its files outside training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events"
+        self.samples = path / "samples"
+        self.gif = path / "samples.gif"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
+        self.skipped = path / "skipped.txt"
+
+    def is_run(self) -> bool:
+        """Whether there is a run here."""
+        return self.config.is_file()
+
+    def check_new(self, force: bool) -> None:
+        """Refuse to start a run where something is.
+
+        Raises:
+            InputError: there is a run and ``force`` is off, or there is something else.
+        """
+        if not self.path.exists():
+            return self._check_parent()
+        if not self.path.is_dir():
+            raise InputError(f"--out {str(self.path)!r} is a file; give a folder")
+        if self.is_run() and not force:
+            raise InputError(
+                f"--out {str(self.path)!r} is a run already: --resume goes on with it, --force "
+                "replaces it, another --out starts beside it"
+            )
+        if not self.is_run() and any(self.path.iterdir()):
+            raise InputError(
+                f"--out {str(self.path)!r} is a folder with other files in it; give a new one"
+            )
+        return None
+
+    def _check_parent(self) -> None:
+        parent = next(p for p in self.path.absolute().parents if p.exists())
+        if not parent.is_dir():
+            raise InputError(f"--out {str(self.path)!r}: {str(parent)!r} is a file, not a folder")
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"--out {str(self.path)!r}: {str(parent)!r} cannot be written to")
+
+    def check_resume(self) -> None:
+        """Refuse to resume where there is no run.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.is_run():
+            raise InputError(
+                f"--resume: there is no run at {str(self.path)!r} (no config.yaml); name one with "
+                "--out, or leave --resume out to start it"
+            )
+
+    def create(self, config: TrainConfig, skipped: Sequence[tuple[str, str]]) -> None:
+        """Make the folder, with its configuration, in one rename; a run that is here is replaced.
+
+        Raises:
+            InputError: the folder cannot be made.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_run()
+            new = Path(tempfile.mkdtemp(prefix=".new-run-", dir=self.path.parent))
+        except OSError as error:
+            raise InputError(
+                f"--out {str(self.path)!r} cannot be written: {error.strerror}"
+            ) from error
+        try:
+            new.chmod(0o777 & ~_umask())
+            write_synced(new / "config.yaml", config.to_yaml().encode())
+            if skipped:
+                lines = "".join(f"{name}: {reason}\n" for name, reason in skipped)
+                write_synced(new / "skipped.txt", lines.encode())
+            sync_folder(new)
+            new.rename(self.path)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        sync_folder(self.path.parent)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process out of this run; the lock goes with the process that holds it.
+
+        Raises:
+            InputError: another process trains here.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        with self.config.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--out {str(self.path)!r} is being trained by another process"
+                ) from None
+            yield
+
+    def sample_path(self, step: int) -> Path:
+        """Where the grid of ``step`` is."""
+        return self.samples / f"step-{step:06d}.png"
+
+    def sample_paths(self) -> list[Path]:
+        """The grids so far, in order of their steps."""
+        found = self.samples.glob("step-*.png")
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of ``metrics.jsonl``."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut off by a kill
+                rows.append(json.loads(line))
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics and grids after ``step``, which are about to be made again."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        for path in self.sample_paths():
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+    def _remove_run(self) -> None:
+        """Remove a run's own files, and nothing else."""
+        if not self.path.exists():
+            return
+        for name in _OWN_NAMES:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        try:
+            self.path.rmdir()
+        except OSError as error:
+            raise InputError(
+                f"--force: {str(self.path)!r} holds files that are not the run's; move them away"
+            ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

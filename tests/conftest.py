@@ -1,0 +1,37 @@
+"""Shared fixtures: small data, and no trace left outside the tests' own folders."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("FASTGAN_BACKEND", raising=False)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    """Twelve RGB images of various sizes in two class folders."""
+    root = tmp_path / "photos"
+    for i in range(12):
+        path = root / ("cats" if i % 3 else "dogs") / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (int(rng.integers(20, 50)), int(rng.integers(20, 50)), 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture
+def array_file(tmp_path, rng):
+    """Forty grey 16x16 images with labels, as npz."""
+    path = tmp_path / "small.npz"
+    images = rng.integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(40) % 4)
+    return path
