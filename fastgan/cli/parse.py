@@ -46,16 +46,21 @@ def parse(cls: type[T], prog: str, argv: list[str], default: T | None = None) ->
         raise InputError(f"{_one_line(complaint.getvalue())} (see {prog} -h)") from None
 
 
-def _one_line(box: str) -> str:
-    """What tyro's framed message says, without the frame and the help below it."""
-    lines = [line.strip(_FRAME) for line in box.splitlines() if line[:1] not in ("╭", "╰")]
+def _one_line(message: str) -> str:
+    """What tyro's message says, without its title, its frame and the help below it.
+
+    Where the terminal cannot show a frame, the title has a line and a rule of its own.
+    """
+    framed = message.startswith("╭")
     sections: list[list[str]] = [[]]
-    for line in lines:
-        if line and not line.strip("─"):
+    for line in message.splitlines():
+        text = line.strip(_FRAME)
+        if line[:1] in ("╭", "╰") or not text:
+            continue
+        if not text.strip("─-"):
             sections.append([])
-        elif line:
-            sections[-1].append(line)
-    message = " ".join(sections[0])
-    if len(sections) > 1 and sections[1] and sections[1][0].startswith("Perhaps you meant"):
-        message += f"; perhaps you meant {sections[1][1]}"
-    return message
+        else:
+            sections[-1].append(text)
+    said, *rest = sections if framed else sections[1:]
+    hint = rest[0] if rest and rest[0][0].startswith("Perhaps you meant") else []
+    return " ".join(said) + (f"; perhaps you meant {hint[1]}" if hint else "")

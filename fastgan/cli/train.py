@@ -46,7 +46,6 @@ def run(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args = parse(TrainArgs, "fastgan train", argv, _defaults(argv))
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
-    config.check()
     if args.resume and (args.force or args.dry_run):
         raise InputError(f"--resume and --{'force' if args.force else 'dry-run'}: give one of them")
     out = args.out or default_out(config)
@@ -55,9 +54,12 @@ def run(argv: list[str]) -> int:
         folder.check_resume()
         stored = TrainConfig.from_yaml(folder.config)
         config = _one_length(config, stored)
+        config.check()
         config.check_resume(stored)
-    elif not args.dry_run:
-        folder.check_new(args.force)
+    else:
+        config.check()
+        if not args.dry_run:
+            folder.check_new(args.force)
     source = open_source(config.data)
     data = load_images(
         source,

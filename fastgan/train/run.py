@@ -68,6 +68,12 @@ class RunFolder:
             raise InputError(
                 f"--out {str(self.path)!r} is a folder with other files in it; give a new one"
             )
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in _OWN_NAMES)
+        if foreign:
+            raise InputError(
+                f"--force: {str(self.path)!r} holds {foreign[0]!r}, which is not the run's; move "
+                "it away"
+            )
         return None
 
     def _check_parent(self) -> None:
@@ -174,12 +180,7 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        try:
-            self.path.rmdir()
-        except OSError as error:
-            raise InputError(
-                f"--force: {str(self.path)!r} holds files that are not the run's; move them away"
-            ) from error
+        self.path.rmdir()
 
 
 def _umask() -> int:

@@ -1,0 +1,247 @@
+"""The command line as a user meets it; bad input has a file of its own."""
+
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import example_dcgan as example
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.runs import fastgan, run_small
+
+from fastgan import cli
+from fastgan.data import sources
+
+
+@pytest.fixture
+def run(tmp_path):
+    run_small(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def call(capsys, *args):
+    code = cli.main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_importing_is_light_and_quiet():
+    """Without triton, compiler or GPU; nothing heavy is loaded, nothing is warned of."""
+    program = (
+        "import sys; sys.modules['triton'] = None; import fastgan; "
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
+        "assert set(fastgan.__all__) <= set(dir(fastgan)); "
+        "[getattr(fastgan, n) for n in fastgan.__all__]"
+    )
+    for flags, code in ((["-W", "error"], program.split("; [")[0]), ([], program)):
+        command = [sys.executable, *flags, "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, env={"PATH": ""}, cwd="/")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_wrong_flag_is_answered_without_torch():
+    program = (
+        "import sys; from fastgan.cli import main; code = main(['train', '--bach-size', '3']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "perhaps you meant --batch-size" in result.stderr
+
+
+def test_help(capsys):
+    code, out, _ = call(capsys, "-h")
+    assert code == 0
+    for name in ("train", "sample", "dcgan", "doctor"):
+        assert name in out
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([name, "-h"])
+        assert stopped.value.code == 0
+        assert f"usage: fastgan {name}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    code, out, _ = call(capsys, "--version")
+    assert code == 0 and re.fullmatch(r"fastgan \d+\.\d+\.\d+\n", out)
+
+
+def test_doctor(capsys):
+    code, out, err = call(capsys, "doctor")
+    assert (code, err) == (0, "")
+    assert re.search(r"reference +yes", out)
+    assert re.search(r"triton +no: ", out)
+    assert torch.__version__.split("+")[0] in out
+
+
+def test_train_from_the_command_line_and_again(tmp_path, array_file, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ("--data", array_file, "--batch-size", 8, "--ngf", 2, "--ndf", 2)
+    code, out, _ = call(capsys, "train", *args, "--steps", 3)
+    assert code == 0
+    assert "16x16x1 on 40 images" in out and "Done: step 3" in out
+    assert Path("runs/small/checkpoints/step-000003").is_dir()
+    code, out, _ = call(capsys, "train", "--data", array_file, "--resume", "--steps", 5)
+    assert code == 0 and "at step 3 of 5" in out
+    code, out, _ = call(capsys, "train", "--data", array_file, "--resume", "--epochs", 2)
+    assert code == 0 and "at step 5 of 10" in out
+    code, _, err = call(capsys, "train", "--data", array_file, "--steps", 3)
+    assert code == 2 and "--resume" in err
+
+
+def test_a_configuration_file_and_flags_before_it(tmp_path, array_file, capsys):
+    (tmp_path / "c.yaml").write_text(
+        f"data: {array_file}\nbatch_size: 8\nngf: 2\nndf: 2\nsteps: 9\n"
+    )
+    code, out, _ = call(
+        capsys, "train", "--config", tmp_path / "c.yaml", "--steps", 2, "--out", tmp_path / "run"
+    )
+    assert code == 0 and "2 steps of 8" in out
+
+
+def test_a_dry_run_writes_nothing(tmp_path, array_file, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = call(
+        capsys, "train", "--data", array_file, "--batch-size", 8, "--ngf", 2, "--dry-run"
+    )
+    assert code == 0 and "3000 steps would take" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_images_are_named_and_the_run_goes_on(tmp_path, folder, capsys):
+    (folder / "cats" / "04.png").write_bytes(b"no image")
+    out_folder = tmp_path / "run"
+    code, out, _ = call(
+        capsys, "train", "--data", folder, "--image-size", 16, "--batch-size", 4, "--ngf", 2,
+        "--ndf", 2, "--steps", 1, "--max-bad", 0.1, "--out", out_folder,
+    )  # fmt: skip
+    assert code == 0
+    assert "Skipped 1 bad images; the first, cats/04.png" in out
+    assert "cats/04.png: " in (out_folder / "skipped.txt").read_text()
+    assert "cats/04.png" in (out_folder / "report.html").read_text()
+
+
+def test_sample_grid_each_and_interpolation(run, tmp_path, capsys):
+    grid = tmp_path / "grid.png"
+    assert call(capsys, "sample", run, "-n", 9, "-o", grid, "--each", tmp_path / "each")[0] == 0
+    assert Image.open(grid).size == (3 * 18 + 2, 3 * 18 + 2)
+    files = sorted((tmp_path / "each").iterdir())
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(9)]
+    first = np.asarray(Image.open(files[0]))
+    np.testing.assert_array_equal(first, np.asarray(Image.open(grid))[2:18, 2:18, 0])
+    data = grid.read_bytes()
+    call(capsys, "sample", run, "-n", 9, "-o", grid)
+    assert grid.read_bytes() == data
+    call(capsys, "sample", run, "-n", 9, "-o", grid, "--seed", 1)
+    assert grid.read_bytes() != data
+    call(capsys, "sample", run, "-n", 20, "-o", grid, "--interpolate")
+    assert Image.open(grid).size == (8 * 18 + 2, 3 * 18 + 2)
+
+
+def test_sample_takes_a_run_a_checkpoint_or_the_examples_weights(run, tmp_path, capsys):
+    newest = run / "checkpoints" / "step-000010"
+    for source in (run, newest, newest / "ema.safetensors"):
+        code, _, err = call(capsys, "sample", source, "-o", tmp_path / f"{source.stem}.png")
+        assert (code, err) == (0, "")
+    grids = {(tmp_path / f"{n}.png").read_bytes() for n in ("run", "step-000010", "ema")}
+    assert len(grids) == 1
+    netG = example.Generator(10, 4, 3, 64)
+    torch.save(netG.state_dict(), tmp_path / "netG_epoch_24.pth")
+    code, _, _ = call(capsys, "sample", tmp_path / "netG_epoch_24.pth", "-o", tmp_path / "x.png")
+    assert code == 0
+    assert Image.open(tmp_path / "x.png").size == (8 * 66 + 2, 8 * 66 + 2)
+
+
+def test_sampling_passes_over_a_damaged_checkpoint(run, tmp_path, capsys):
+    (run / "checkpoints" / "step-000010" / "ema.safetensors").write_bytes(b"")
+    assert call(capsys, "sample", run, "-o", tmp_path / "g.png")[0] == 0
+
+
+def test_dcgan_is_the_example(tmp_path, folder, capsys):
+    """Its flags, its log line, its files; and its checkpoints load into its own networks."""
+    out = tmp_path / "out"
+    code, printed, err = call(
+        capsys, "dcgan", "--dataset", "folder", "--dataroot", folder, "--workers", 2,
+        "--batchSize", 8, "--imageSize", 32, "--nz", 5, "--ngf", 3, "--ndf", 4, "--niter", 2,
+        "--lr", 0.0002, "--beta1", 0.5, "--ngpu", 1, "--outf", out, "--manualSeed", 3, "--accel",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    number = r"\d+\.\d{4}"
+    pattern = (
+        rf"\[(\d)/2\]\[(\d)/2\] Loss_D: {number} Loss_G: {number} D\(x\): {number} "
+        rf"D\(G\(z\)\): {number} / {number}"
+    )
+    assert re.findall(pattern, printed) == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    assert "Random Seed:  3" in printed and "Using device:" in printed
+    assert {p.name for p in out.iterdir()} == {
+        *("real_samples.png", "fake_samples_epoch_000.png", "fake_samples_epoch_001.png"),
+        *("netG_epoch_0.pth", "netG_epoch_1.pth", "netD_epoch_0.pth", "netD_epoch_1.pth"),
+    }
+    netG, netD = example.Generator(5, 3, 3, 32), example.Discriminator(4, 3, 32)
+    netG.load_state_dict(torch.load(out / "netG_epoch_1.pth", weights_only=True))
+    netD.load_state_dict(torch.load(out / "netD_epoch_1.pth", weights_only=True))
+    code, printed, _ = call(
+        capsys, "dcgan", "--dataset", "folder", "--dataroot", folder, "--imageSize", 32, "--nz", 5,
+        "--ngf", 3, "--ndf", 4, "--netG", out / "netG_epoch_1.pth", "--netD",
+        out / "netD_epoch_1.pth", "--dry-run", "--outf", tmp_path / "more", "--batchSize", 4,
+    )  # fmt: skip
+    assert code == 0
+    assert len(re.findall(r"Loss_D", printed)) == 1
+
+
+def test_dcgan_starts_from_the_examples_weights(tmp_path, monkeypatch, capsys, folder):
+    """The same --manualSeed gives the networks that the example would start with."""
+    seen = []
+    monkeypatch.setattr("fastgan.engine.engine.Engine.step", lambda self, real: seen.append(self))
+    with pytest.raises(AttributeError):
+        cli.main(
+            ["dcgan", "--dataset", "folder", "--dataroot", str(folder), "--imageSize", "32",
+             "--ngf", "4", "--ndf", "4", "--manualSeed", "11", "--outf", str(tmp_path / "o")]
+        )  # fmt: skip
+    torch.manual_seed(11)
+    netG = example.Generator(100, 4, 3, 32).apply(example.weights_init)
+    netD = example.Discriminator(4, 3, 32).apply(example.weights_init)
+    for mine, theirs in ((seen[0].netG, netG), (seen[0].netD, netD)):
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[key], value)
+
+
+def test_dcgan_on_fake_data(tmp_path, capsys):
+    code, printed, err = call(
+        capsys, "dcgan", "--dataset", "fake", "--imageSize", 16, "--ngf", 2, "--ndf", 2,
+        "--dry-run", "--outf", tmp_path,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "[0/1][0/16] Loss_D" in printed
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    command = f"{sys.executable} -m fastgan doctor | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "_open_path", stop)
+    code, _, err = call(capsys, "train", "--dry-run")
+    assert (code, err) == (130, "fastgan: interrupted\n")
+
+
+def test_the_embedded_digits_are_the_documented_ones():
+    path = Path(sources.__file__).with_name("digits.npz")
+    assert path.stat().st_size < 2.5e6
+    with np.load(path) as archive:
+        assert archive["images"].shape == (10_000, 28, 28)
+        assert zlib.crc32(archive["images"].tobytes()) == 1262408013
+
+
+def test_the_command_is_installed():
+    result = fastgan("--version")
+    assert result.returncode == 0
