@@ -11,9 +11,11 @@ from torch.optim.swa_utils import update_bn
 
 
 class ExponentialMovingAverage:
-    """Keeps ``average = decay·average + (1 - decay)·parameters`` after each step.
+    """Keeps ``average += (1 - d_t)·(parameters - average)`` with ``d_t = min(decay, t / (t + 9))``.
 
-    Yazıcı et al. 2018, https://arxiv.org/abs/1806.04498. Averaged weights are smaller than the
+    ``t`` counts the updates, so that the average is not held up by the random weights that it began
+    with: early on it is one over about a tenth of the steps so far. Yazıcı et al. 2018,
+    https://arxiv.org/abs/1806.04498. Averaged weights are smaller than the
     weights they average, so that no statistics gathered in training fit them: those of batch norms
     are measured anew, by :meth:`calibrate`, when the average is about to be used.
 
@@ -23,19 +25,25 @@ class ExponentialMovingAverage:
 
     Attributes:
         module: the average, a copy that takes no gradient.
+        updates: ``t``, a 0-d tensor on the device, so that a captured step counts on.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(module).requires_grad_(False)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self.updates = torch.zeros((), dtype=torch.float64, device=device)
         self._stale = True
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the present parameters of ``module``, and its buffers as they are."""
-        torch._foreach_lerp_(
-            list(self.module.parameters()), list(module.parameters()), 1.0 - self.decay
-        )
+        self.updates.add_(1.0)
+        share = (9.0 / (self.updates + 9.0)).clamp_min_(1.0 - self.decay)
+        average = list(self.module.parameters())
+        difference = torch._foreach_sub(list(module.parameters()), average)
+        torch._foreach_mul_(difference, share)
+        torch._foreach_add_(average, difference)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
         self._stale = True

@@ -106,7 +106,8 @@ class Engine:
         lr: learning rate of both default optimisers; ``lr_d``, if given, of D's.
         betas: of the default optimisers.
         n_d: updates of D for each update of G.
-        ema: decay of the moving average of G's weights, in [0, 1); 0 keeps none.
+        ema: decay of the moving average of G's weights, in [0, 1), reached after a warm-up of
+            about ``9 / (1 - ema)`` steps; 0 keeps none.
         noise: the shape of one ``z``, or ``f(n, generator) -> Tensor [n, ...]``. By default
             standard normal of length ``netG.nz``: ``(nz, 1, 1)`` where G begins with a
             convolution, ``(nz,)`` where it begins with a linear layer.
@@ -303,6 +304,7 @@ class Engine:
             "netG": self.netG.state_dict(),
             "netD": self.netD.state_dict(),
             "ema": averaged.state_dict() if (averaged := self.ema_module) else None,
+            "ema_updates": self._ema.updates if self._ema else None,
             "opt_g": self.opt_g.state_dict(),
             "opt_d": self.opt_d.state_dict(),
             "generator": self.generator.get_state(),
@@ -327,6 +329,7 @@ class Engine:
         self.netD.load_state_dict(state["netD"])
         if self._ema:
             self._ema.module.load_state_dict(state["ema"])
+            self._ema.updates.copy_(state["ema_updates"])
         self.opt_g.load_state_dict(state["opt_g"])
         self.opt_d.load_state_dict(state["opt_d"])
         self.generator.set_state(state["generator"].cpu())

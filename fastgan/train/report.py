@@ -13,7 +13,7 @@ from fastgan.train.samples import thin
 
 MAX_POINTS = 600
 MAX_PICTURES = 12
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 240, 56, 28, 10
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 256, 56, 28, 26
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
 
 _STYLE = """
@@ -127,6 +127,6 @@ def _chart(
         colour = _COLOURS[i]
         parts.append(
             f"<polyline fill='none' stroke='{colour}' stroke-width='1.2' points='{points}'/>"
-            f"<text x='{_LEFT + 10 + 130 * i}' y='{_TOP + 12}' style='fill:{colour}'>{label}</text>"
+            f"<text x='{_LEFT + 130 * i}' y='{_TOP - 10}' style='fill:{colour}'>{label}</text>"
         )
     return "".join(parts) + "</svg>"
