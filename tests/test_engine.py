@@ -178,6 +178,14 @@ def test_learning_rates():
     assert engine.opt_d.param_groups[0]["lr"].item() == pytest.approx(4e-3)
 
 
+def test_a_loaded_learning_rate_stays_where_it_was():
+    saved, engine = make(lr=1e-3).state_dict(), make(lr=5e-3)
+    rate = engine.opt_g.param_groups[0]["lr"]
+    engine.load_state_dict(copy.deepcopy(saved))
+    assert engine.opt_g.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(1e-3)
+
+
 def test_ema_is_the_average_of_the_parameters():
     engine = make(ema=0.75)
     want = {k: v.detach().clone() for k, v in engine.netG.named_parameters()}

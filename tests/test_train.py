@@ -334,6 +334,30 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(tmp_path, array_file, 
     assert f"at step {step} of {step + 3}" in again.stdout
 
 
+@pytest.mark.parametrize("moment", ["step", "write_png", "prune_checkpoints"])
+def test_a_signal_at_any_point_of_an_iteration(tmp_path, monkeypatch, moment):
+    """While stepping, and between the step and the end of its iteration."""
+    owner = Engine if moment == "step" else loop
+    original = getattr(owner, moment)
+
+    def signalled(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if signal.getsignal(signal.SIGTERM) is not before and (
+            moment != "step" or args[0].steps == 4
+        ):
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(owner, moment, signalled)
+    result = run_small(tmp_path / "run", dataclasses.replace(SMALL, steps=20))
+    assert result.interrupted
+    assert result.step == (5 if moment == "write_png" else 4)
+    newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[0]
+    assert newest.name == f"step-{result.step:06d}"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_five_kills_and_as_many_resumes(capfd):
     script = Path(kill_and_resume.__file__)
     result = subprocess.run(

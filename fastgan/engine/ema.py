@@ -40,8 +40,8 @@ class ExponentialMovingAverage:
         """Take in the present parameters of ``module``, and its buffers as they are."""
         self.updates.add_(1.0)
         share = (9.0 / (self.updates + 9.0)).clamp_min_(1.0 - self.decay)
-        average = list(self.module.parameters())
-        difference = torch._foreach_sub(list(module.parameters()), average)
+        average: list[Tensor] = list(self.module.parameters())
+        difference = list(torch._foreach_sub(list(module.parameters()), average))
         torch._foreach_mul_(difference, share)
         torch._foreach_add_(average, difference)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):

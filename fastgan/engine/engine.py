@@ -330,8 +330,8 @@ class Engine:
         if self._ema:
             self._ema.module.load_state_dict(state["ema"])
             self._ema.updates.copy_(state["ema_updates"])
-        self.opt_g.load_state_dict(state["opt_g"])
-        self.opt_d.load_state_dict(state["opt_d"])
+        _load_optimizer(self.opt_g, state["opt_g"])
+        _load_optimizer(self.opt_d, state["opt_d"])
         self.generator.set_state(state["generator"].cpu())
         self._sample_generator.set_state(state["sample_generator"].cpu())
         self.steps = state["steps"]
@@ -567,6 +567,16 @@ def _adam(
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     rate = torch.tensor(lr, dtype=dtype, device=device)
     return torch.optim.Adam(module.parameters(), lr=rate, betas=betas, fused=True, capturable=True)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        # A captured step reads the rate where it lies: keep the tensor, take the value.
+        if isinstance(rate, Tensor):
+            rate.copy_(torch.as_tensor(group["lr"]))
+            group["lr"] = rate
 
 
 def _noise_function(

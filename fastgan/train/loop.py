@@ -182,6 +182,7 @@ class _Run:
         self.folder.checkpoints.mkdir(exist_ok=True)
         window = _Window(config.log_every, engine.device)
         signals = _StopSignals()
+        saved = True
         with (
             signals,
             self.folder.metrics.open("a", encoding="utf-8") as metrics,
@@ -198,11 +199,11 @@ class _Run:
                 started = time.perf_counter()
                 window.add(engine.step())
                 step = engine.steps
-                last = step == self.steps or signals.received is not None
-                log = step % config.log_every == 0 or step == self.steps
-                save = last or step % config.save_every == 0
-                draw = step == self.steps or step % config.sample_every == 0
-                values = self._read(window) if log or save or draw else None
+                last = step == self.steps
+                log = last or step % config.log_every == 0
+                saved = last or step % config.save_every == 0
+                draw = last or step % config.sample_every == 0
+                values = self._read(window) if log or saved or draw else None
                 self.speed.add(self._batch_images(), time.perf_counter() - started)
                 bar.update()
                 if log and values is not None:
@@ -219,8 +220,12 @@ class _Run:
                 if draw:
                     grid = image_grid(self._sample(), 8)
                     write_png(self.folder.sample_path(step), grid)
-                if save:
+                if saved:
                     self._save()
+            # A signal can come at any point of an iteration, so it is answered here.
+            if not saved:
+                self._read(window)
+                self._save()
         return self._result(interrupted=engine.steps < self.steps)
 
     def last_good(self) -> str:
@@ -254,15 +259,15 @@ class _Run:
         )
         replace_file(self.folder.report, page.encode())
 
-    def _read(self, window: _Window) -> dict[str, float]:
-        """The values of the last step; stops at the first loss since that is not finite."""
+    def _read(self, window: _Window) -> dict[str, float] | None:
+        """The values of the last step, if not read yet; stops at a loss that is not finite."""
         rows = window.read()
         for i, row in enumerate(rows):
             for name in ("loss_d", "loss_g"):
                 if not torch.isfinite(torch.tensor(row[name])):
                     step = self.engine.steps - len(rows) + 1 + i
                     raise self._not_finite(f"step {step}: {name} is {row[name]}")
-        return rows[-1]
+        return rows[-1] if rows else None
 
     def _not_finite(self, what: str) -> RunError:
         return RunError(f"{what}; {self.last_good()}, left as it was; {_ADVICE}")
