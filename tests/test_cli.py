@@ -1,6 +1,8 @@
 """The command line as a user meets it; bad input has a file of its own."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from support.runs import fastgan, run_small
 
-from fastgan import cli
+from fastgan import Engine, cli
 from fastgan.data import sources
 
 
@@ -69,12 +71,15 @@ def test_version(capsys):
     assert code == 0 and re.fullmatch(r"fastgan \d+\.\d+\.\d+\n", out)
 
 
-def test_doctor(capsys):
+def test_doctor(capsys, monkeypatch):
     code, out, err = call(capsys, "doctor")
     assert (code, err) == (0, "")
     assert re.search(r"reference +yes", out)
     assert re.search(r"triton +no: ", out)
     assert torch.__version__.split("+")[0] in out
+    monkeypatch.setenv("FASTGAN_BACKEND", "bogus")
+    code, out, err = call(capsys, "doctor")
+    assert (code, err) == (0, "") and "'bogus'" in out
 
 
 def test_train_from_the_command_line_and_again(tmp_path, array_file, capsys, monkeypatch):
@@ -100,6 +105,71 @@ def test_a_configuration_file_and_flags_before_it(tmp_path, array_file, capsys):
         capsys, "train", "--config", tmp_path / "c.yaml", "--steps", 2, "--out", tmp_path / "run"
     )
     assert code == 0 and "2 steps of 8" in out
+
+
+def test_a_length_given_comes_before_that_of_the_file(tmp_path, array_file, capsys):
+    (tmp_path / "c.yaml").write_text(
+        f"data: {array_file}\nbatch_size: 8\nngf: 2\nndf: 2\nsteps: 9\n"
+    )
+    args = ("train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run")
+    code, out, _ = call(capsys, *args, "--epochs", 1)
+    assert code == 0 and "5 steps of 8" in out
+    code, _, err = call(capsys, *args, "--epochs", 2, "--steps", 3, "--force")
+    assert code == 2 and "give one of the two" in err
+
+
+def test_resuming_from_another_folder(tmp_path, array_file, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ("--data", array_file.name, "--batch-size", 8, "--ngf", 2, "--ndf", 2)
+    assert call(capsys, "train", *args, "--steps", 1, "--out", "run")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, out, err = call(capsys, "train", "--out", "../run", "--resume", "--steps", 2)
+    assert code == 0 and "at step 1 of 2" in out, err
+
+
+def test_names_that_are_not_unicode(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / os.fsdecode(b"dir\xe9")
+    folder.rename(source)
+    (source / os.fsdecode(b"bad\xe9.png")).write_bytes(b"no image")
+    args = ("--image-size", 16, "--batch-size", 4, "--ngf", 2, "--ndf", 2, "--max-bad", 0.1)
+    code, _, err = call(capsys, "train", "--data", source, *args, "--steps", 1, "--out", "run")
+    assert code == 0, err
+    assert "bad" in Path("run/skipped.txt").read_text()
+    code, out, err = call(capsys, "train", "--out", "run", "--resume", "--steps", 2)
+    assert code == 0 and "at step 1 of 2" in out, err
+
+
+def test_too_little_memory_is_one_line(tmp_path, array_file, capsys):
+    code, _, err = call(
+        capsys,
+        "train",
+        "--data",
+        array_file,
+        "--batch-size",
+        8,
+        "--ngf",
+        10**8,
+        "--out",
+        tmp_path / "run",
+    )
+    assert code == 1 and err.startswith("fastgan: out of memory") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_that_is_stopped_says_so(tmp_path, array_file, capsys, monkeypatch):
+    step = Engine.step
+
+    def stopped(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(Engine, "step", stopped)
+    code, out, _ = call(
+        capsys, "train", "--data", array_file, "--batch-size", 8, "--ngf", 2, "--dry-run"
+    )
+    assert code == 130 and "nothing was kept" in out
 
 
 def test_a_dry_run_writes_nothing(tmp_path, array_file, capsys, monkeypatch):

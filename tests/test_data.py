@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import struct
 import zipfile
 
@@ -164,6 +165,11 @@ def test_data_sets_labels_and_classes(rng):
     assert data.nc == 1
 
 
+def test_unknown_labels_are_none(rng):
+    items = [(a, -1) for a in rng.integers(0, 256, (4, 16, 16), dtype=np.uint8)]
+    assert load_images(Listed(items), 16).labels is None
+
+
 def test_arrays_and_tensors_in_memory(rng):
     x = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     assert load_images(x, 16).digest == load_images(torch.from_numpy(x), 16).digest
@@ -202,6 +208,15 @@ def test_sixteen_bits_keep_their_high_bytes():
     assert to_pixels(image, 16, 1)[3, 3, 0] == 0xAB
 
 
+@pytest.mark.parametrize(("level", "want"), [(200, 200), (0xABCD, 0xAB)])
+def test_thirty_two_bits_hold_bytes_or_sixteen(level, want):
+    image = Image.fromarray(np.full((20, 20), level, np.int32))
+    assert image.mode == "I"
+    assert to_pixels(image, 16, 1)[3, 3, 0] == want
+    with pytest.raises(ValueError, match="70000"):
+        to_pixels(Image.fromarray(np.full((20, 20), 70_000, np.int32)), 16, 1)
+
+
 def test_exif_turns_the_image_upright():
     array = np.zeros((16, 16, 3), np.uint8)
     array[:4] = 255
@@ -219,6 +234,22 @@ def test_grey_folders_have_one_channel(tmp_path, rng):
     assert load_images(tmp_path, 16, nc=3).nc == 3
     Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "c.png")
     assert load_images(tmp_path, 16).nc == 3
+
+
+def test_odd_names(folder, tmp_path):
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / os.fsdecode(b"bad\xe9.png")).write_bytes(b"no image")
+    (folder / "größe 猫.png").write_bytes(png(np.zeros((20, 20, 3), np.uint8)))
+    data = load_images(folder, 16, max_bad=0.2)
+    assert len(data) == 13
+    assert [name for name, _ in data.bad] == [os.fsdecode(b"bad\xe9.png"), "gone.png"]
+
+
+def test_a_zip_with_odd_names(tmp_path):
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+        for name in (".", "2024-01-01T12:30:00.png", "./a.png"):
+            archive.writestr(name, png(np.zeros((20, 20, 3), np.uint8)))
+    assert len(load_images(tmp_path / "odd.zip", 16)) == 2
 
 
 def test_bad_images_are_skipped_and_named(folder):
@@ -252,8 +283,6 @@ def test_the_cache_is_used_and_keyed_by_contents(folder, monkeypatch):
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    import os
-
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time of change
     load_images(folder, 16, max_bad=1.0)
     assert len(decoded) == 24
@@ -336,6 +365,11 @@ def test_flips_are_of_half_the_images():
 def test_without_shuffling_the_order_is_the_sets():
     _, labels = Loader(small_set(5), 5, shuffle=False).next_batch()
     assert labels.tolist() == list(range(5))
+
+
+def test_a_device_by_its_index():
+    images, labels = Loader(small_set(5), 5, device="cpu:0").next_batch()
+    assert images.shape == (5, 1, 2, 2) and labels.shape == (5,)
 
 
 def test_a_position_in_other_data_is_refused():

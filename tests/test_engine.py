@@ -284,9 +284,10 @@ def test_arguments_out_of_range(kwargs, error, message):
         make(**kwargs)
 
 
-def test_an_unknown_device():
-    with pytest.raises(InputError, match="device='tpu9'"):
-        Engine(DCGANGenerator(NZ, 4), DCGANDiscriminator(4), device="tpu9")
+@pytest.mark.parametrize("device", ["tpu9", "meta", "cuda:99"])
+def test_an_unknown_device(device):
+    with pytest.raises(InputError, match=f"device='{device}'"):
+        Engine(DCGANGenerator(NZ, 4), DCGANDiscriminator(4), device=device)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +459,83 @@ def test_an_ambiguous_output_raises_and_asks(netD):
     with pytest.raises(InputError, match='d_output="logits" or d_output="probability"'):
         DiscriminatorOutput(netD, real(4))
     assert DiscriminatorOutput(netD, real(4), "logits").kind == "logits"
-    assert DiscriminatorOutput(netD, real(4), "probability").kind == "probability"
+
+
+def test_a_probability_that_is_none_is_refused():
+    netD = DCGANDiscriminator(4, 1, SIZE)
+    with pytest.raises(InputError, match=r'd_output="probability".*pass d_output="logits"'):
+        DiscriminatorOutput(netD, real(4), "probability")
+    with pytest.raises(InputError, match="TanhBackward0"):
+        DiscriminatorOutput(Functional(torch.tanh), real(4), "probability")
+    squashed = Functional(lambda y: 1 / (1 + torch.exp(-y)))
+    assert DiscriminatorOutput(squashed, real(4), "probability").kind == "probability"
+
+
+class WithSigmoid(DCGANDiscriminator):
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+def test_a_sigmoid_put_on_fastgans_own_discriminator_is_found():
+    appended = DCGANDiscriminator(4, 1, SIZE)
+    appended.main.append(nn.Sigmoid())
+    for netD in (WithSigmoid(4, 1, SIZE), appended):
+        x = real(4)
+        with DiscriminatorOutput(netD, x).logits():
+            logits = netD(x)
+        assert torch.equal(logits.sigmoid(), netD(x))
+
+
+def test_a_state_from_another_kind_of_device_goes_on_with_other_numbers(caplog):
+    engine, saved = make(seed=4), make(seed=4).state_dict()
+    saved.update(device="cuda", generator=torch.zeros(16, dtype=torch.uint8))
+    engine.load_state_dict(saved)
+    assert "other random numbers" in caplog.text
+    engine.step(real())
+
+
+def test_two_engines_do_not_share_moments():
+    first, second = make(), make()
+    first.step(real())
+    second.load_state_dict(first.state_dict())
+    moment = first.opt_d.state_dict()["state"][0]["exp_avg"].clone()
+    second.step(real())
+    assert torch.equal(first.opt_d.state_dict()["state"][0]["exp_avg"], moment)
+
+
+def test_averaging_a_generator_with_dropout_leaves_the_global_generator():
+    netG = nn.Sequential(
+        nn.ConvTranspose2d(NZ, 4, SIZE),
+        nn.BatchNorm2d(4),
+        nn.Dropout(),
+        nn.Conv2d(4, 1, 1),
+        nn.Tanh(),
+    )
+    engine = Engine(netG, DCGANDiscriminator(4, 1, SIZE), noise=(NZ, 1, 1), ema=0.9, device="cpu")
+    engine.step(real())
+    state = torch.get_rng_state()
+    images = engine.sample(3)
+    assert torch.equal(state, torch.get_rng_state())
+    engine._ema._stale = True
+    torch.rand(5)
+    noise = torch.randn(3, NZ, 1, 1)
+    first = engine.sample(3, noise)
+    engine._ema._stale = True
+    torch.rand(5)
+    assert torch.equal(engine.sample(3, noise), first)
+    assert not engine.ema_module.training and images.shape == (3, 1, SIZE, SIZE)
+
+
+def test_a_generator_that_cannot_be_copied():
+    netG = DCGANGenerator(NZ, 4, 1, SIZE)
+    netG.kept = netG.main[0].weight * 1
+    with pytest.raises(InputError, match=r"ema=0.5: netG cannot be copied"):
+        Engine(netG, DCGANDiscriminator(4, 1, SIZE), ema=0.5, device="cpu")
+
+
+def test_a_dataloader_is_not_attached():
+    with pytest.raises(InputError, match="DataLoader has no next_batch"):
+        make().attach(torch.utils.data.DataLoader([1, 2]))
 
 
 def test_a_probability_that_cannot_be_undone_trains_as_in_the_example():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import example_dcgan as example
 import pytest
@@ -138,10 +139,22 @@ def test_registry():
         build_model("stylegan", nz=1, ngf=1, ndf=1, nc=1, image_size=16)
 
 
+def test_installed_packages_add_models(monkeypatch):
+    entry = SimpleNamespace(name="test-installed", load=lambda: lambda **sizes: (1, sizes["nz"]))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry])
+    assert build_model("test-installed", nz=2, ngf=1, ndf=1, nc=1, image_size=16) == (1, 2)
+
+
 def with_layers(*extra):
     return nn.Sequential(
         nn.Conv2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), *extra, nn.Conv2d(4, 1, 8)
     )
+
+
+def no_longer_tracking():
+    norm = nn.BatchNorm2d(4)
+    norm.track_running_stats = False
+    return norm
 
 
 @pytest.mark.parametrize(
@@ -152,6 +165,7 @@ def with_layers(*extra):
         with_layers(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, momentum=None))),
         with_layers(nn.BatchNorm2d(4, track_running_stats=False)),
         with_layers(nn.BatchNorm2d(4, affine=False)),
+        with_layers(no_longer_tracking()),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])

@@ -18,6 +18,7 @@ from PIL import Image
 from support import kill_and_resume
 from support.runs import SMALL, fastgan, listing, run_small, small_data
 
+from fastgan import build_model, register_model
 from fastgan.engine.engine import Engine
 from fastgan.errors import InputError, RunError
 from fastgan.files import replace_file
@@ -216,12 +217,101 @@ def test_the_thread_count_of_the_run_is_taken_up(tmp_path):
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
+    out, longer = tmp_path / "run", dataclasses.replace(SMALL, steps=12)
+    run_small(out)
+    before = listing(out)
+    with RunFolder(out).lock():
+        with pytest.raises(InputError, match="another process"):
+            run_small(out, longer, resume=True)
+        with pytest.raises(InputError, match="another process"):
+            run_small(out, longer, force=True)
+    assert listing(out) == before
+
+
+def test_the_lock_holds_while_a_resumed_run_trains(tmp_path, monkeypatch):
+    out, tried = tmp_path / "run", []
+    run_small(out)
+
+    class Intruded(Engine):
+        def step(self, *args, **kwargs):
+            with pytest.raises(InputError, match="another process"), RunFolder(out).lock():
+                pass
+            tried.append(self.steps)
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "Engine", Intruded)
+    run_small(out, dataclasses.replace(SMALL, steps=12), resume=True)
+    assert tried == [10, 11]
+
+
+def test_an_out_that_is_a_link_or_the_present_folder(tmp_path, monkeypatch):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "big")
+    run_small(tmp_path / "latest")
+    run_small(tmp_path / "latest", dataclasses.replace(SMALL, steps=4), force=True)
+    assert [p.name for p in (tmp_path / "big" / "checkpoints").iterdir()] == ["step-000004"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run_small(Path())
+    assert Path("checkpoints/step-000010").is_dir()
+
+
+def test_edited_settings_are_noticed_on_resume(tmp_path):
     run_small(tmp_path / "run")
-    with (
-        RunFolder(tmp_path / "run").lock(),
-        pytest.raises(InputError, match="another process"),
-    ):
-        run_small(tmp_path / "run", dataclasses.replace(SMALL, steps=12), resume=True)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 0.0002", "lr: 0.1"))
+    with pytest.raises(InputError, match=r"--lr 0.1 \(the run has 0.0002\)"):
+        run_small(tmp_path / "run", dataclasses.replace(SMALL, lr=0.1, steps=12), resume=True)
+
+
+def test_a_checkpoint_damaged_twice(tmp_path):
+    out = tmp_path / "run"
+    for _ in range(2):
+        run_small(out, resume=out.exists())
+        (out / "checkpoints" / "step-000010" / "state.pt").write_bytes(b"")
+    said = []
+    run_small(out, resume=True, say=said.append)
+    assert "at step 8 of 10" in said[-1]
+    names = {p.name for p in (out / "checkpoints").glob("damaged-*")}
+    assert names == {"damaged-step-000010", "damaged-step-000010-1"}
+
+
+def test_other_files_among_the_samples(tmp_path):
+    run_small(tmp_path / "run", dataclasses.replace(SMALL, steps=5))
+    (tmp_path / "run" / "samples" / "step-000005 (1).png").write_bytes(b"a copy")
+    run_small(tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "samples" / "step-000005 (1).png").read_bytes() == b"a copy"
+
+
+def test_more_steps_between_logs_than_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_WINDOW", 3)
+    run_small(tmp_path / "run", dataclasses.replace(SMALL, log_every=10**12))
+    assert [row["step"] for row in kill_and_resume.metrics(tmp_path / "run")] == [10]
+
+
+def with_dropout(**sizes):
+    netG, netD = build_model("dcgan", **sizes)
+    netD.main.insert(1, torch.nn.Dropout(0.5))
+    return netG, netD
+
+
+def test_networks_that_draw_random_numbers_resume_exactly_too(tmp_path):
+    register_model("test-dropout", with_dropout)
+    config = dataclasses.replace(SMALL, model="test-dropout")
+    state = torch.get_rng_state()
+    run_small(tmp_path / "whole", config)
+    run_small(tmp_path / "parts", dataclasses.replace(config, steps=4))
+    torch.rand(3)
+    run_small(tmp_path / "parts", config, resume=True)
+    assert kill_and_resume.differences(tmp_path / "whole", tmp_path / "parts", 10) == []
+    torch.set_rng_state(state)
+
+
+def test_a_run_leaves_the_callers_generator_alone(tmp_path):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    run_small(tmp_path / "run")
+    assert torch.equal(state, torch.get_rng_state())
 
 
 class PlantedNaN(Engine):
@@ -242,9 +332,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         run_small(tmp_path / "run", dataclasses.replace(SMALL, log_every=10))
     folder = tmp_path / "run" / "checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000004"]
-    assert {n: d for n, d in listing(folder / "step-000004").items() if n != "state.pt"} == {
-        n: d for n, d in want.items() if n != "state.pt"
-    }
+    got = listing(folder / "step-000004")
+    got.pop("manifest.json"), want.pop("manifest.json")  # the settings differ
+    assert got == want
 
 
 class PlantedWeight(Engine):
@@ -301,7 +391,9 @@ def test_a_limit_on_file_size_from_the_command_line(tmp_path, array_file):
 
     stopped = fastgan("train", "--out", out, "--resume", "--steps", 4, preexec_fn=limit)
     assert stopped.returncode == 1, stopped.stderr
-    assert re.fullmatch(r"fastgan: step 4: cannot write .*File too large.*\n", stopped.stderr)
+    assert re.fullmatch(
+        r"fastgan: cannot write .*File too large.*step-000002; .*\n", stopped.stderr
+    )
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000002"]
     assert fastgan("train", "--out", out, "--resume", "--steps", 4).returncode == 0
     assert kill_and_resume.metrics(out) == kill_and_resume.metrics(whole)

@@ -52,13 +52,21 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(error, BAD_INPUT)
     except RunError as error:
         return _complain(error, FAILED)
-    except KeyboardInterrupt:
-        print("fastgan: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        named = f"{error.filename!r}: " if error.filename else ""
+        return _complain(f"{named}{error.strerror or error}", BAD_INPUT)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        return _complain(f"out of memory; take a smaller model or batch ({reason})", FAILED)
+    except KeyboardInterrupt:
+        print("fastgan: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -74,7 +82,16 @@ def _dispatch(arguments: list[str]) -> int:
     return int(command.run(arguments[1:]))
 
 
-def _complain(error: Exception, code: int) -> int:
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class for a GPU's memory, and none for the CPU's.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in str(error)
+    )
+
+
+def _complain(error: Exception | str, code: int) -> int:
     print(f"fastgan: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from fastgan._version import __version__
 from fastgan.cli import DONE
 from fastgan.cli.parse import parse
+from fastgan.errors import InputError, NotBuiltError
 
 _PACKAGES = (
     "torch",
@@ -62,7 +63,10 @@ def run(argv: list[str]) -> int:
     for name in BACKENDS:
         reasons = unsupported_reasons(name)
         print(f"  {name:<12}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
-    print(f"  {'auto':<12}takes {resolve_backend('auto')}")
+    try:
+        print(f"  {'auto':<12}takes {resolve_backend('auto')}")
+    except (InputError, NotBuiltError) as error:
+        print(f"  {'auto':<12}{error}")
     print(f"image cache: {default_cache()}")
     return DONE
 

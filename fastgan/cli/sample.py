@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tqdm import tqdm
 
 from fastgan.cli import DONE
 from fastgan.cli.parse import OptionalPath, parse
 from fastgan.errors import InputError
 
 _ARC_STEPS = 8
+_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,8 @@ def run(argv: list[str]) -> int:
     output = args.o or (None if args.each else Path("grid.png"))
     if output is not None:
         _check_output(output)
-    if args.each is not None and args.each.exists() and not args.each.is_dir():
-        raise InputError(f"--each {str(args.each)!r} is a file; give a folder")
+    if args.each is not None:
+        _check_each(args.each)
     if not args.run.exists():
         raise InputError(f"RUN {str(args.run)!r} does not exist; give a run folder or a netG file")
 
@@ -57,7 +59,7 @@ def run(argv: list[str]) -> int:
     from fastgan.engine.engine import noise_shape, sample
     from fastgan.seeding import generator
     from fastgan.train.checkpoint import load_generator
-    from fastgan.train.samples import each_png, image_grid, slerp, write_png
+    from fastgan.train.samples import image_grid, slerp, write_each, write_png
 
     netG = load_generator(args.run)
     shape = noise_shape(netG)
@@ -68,16 +70,19 @@ def run(argv: list[str]) -> int:
         noise = torch.cat([slerp(a, b, _ARC_STEPS) for a, b in ends.split(2)])[: args.n]
     else:
         noise = torch.randn(args.n, *shape, generator=draw)
-    images = sample(netG, noise)
-    try:
+    kept = []
+    written = 0
+    for chunk in tqdm(noise.split(_CHUNK), unit_scale=_CHUNK, unit="image", disable=None):
+        images = sample(netG, chunk)
         if args.each is not None:
-            written = sum(1 for _ in each_png(args.each, images))
-            print(f"Wrote {written} images to {args.each}")
+            written = write_each(args.each, images, written)
         if output is not None:
-            write_png(output, image_grid(images, _ARC_STEPS if args.interpolate else None))
-            print(f"Wrote {output}")
-    except OSError as error:
-        raise InputError(f"cannot write {error.filename!r}: {error.strerror}") from error
+            kept.append(images)
+    if args.each is not None:
+        print(f"Wrote {written} images to {args.each}")
+    if output is not None:
+        write_png(output, image_grid(torch.cat(kept), _ARC_STEPS if args.interpolate else None))
+        print(f"Wrote {output}")
     return DONE
 
 
@@ -88,3 +93,10 @@ def _check_output(output: Path) -> None:
         raise InputError(f"-o {str(output)!r} must end in .png")
     if not output.absolute().parent.is_dir():
         raise InputError(f"-o {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+
+
+def _check_each(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--each {str(folder)!r} is a file; give a folder")
+    if folder.is_dir() and next(folder.glob("*.png"), None) is not None:
+        raise InputError(f"--each {str(folder)!r} holds images already; give an empty folder")

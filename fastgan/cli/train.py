@@ -44,22 +44,21 @@ class TrainArgs(TrainConfig):
 
 def run(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    args = parse(TrainArgs, "fastgan train", argv, _defaults(argv))
+    defaults = _defaults(argv)
+    args = parse(TrainArgs, "fastgan train", argv, defaults)
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
     if args.resume and (args.force or args.dry_run):
         raise InputError(f"--resume and --{'force' if args.force else 'dry-run'}: give one of them")
+    if defaults is not None:
+        config = _one_length(config, defaults)
+    config.check()
     out = args.out or default_out(config)
     folder = RunFolder(out)
     if args.resume:
         folder.check_resume()
-        stored = TrainConfig.from_yaml(folder.config)
-        config = _one_length(config, stored)
-        config.check()
-        config.check_resume(stored)
-    else:
-        config.check()
-        if not args.dry_run:
-            folder.check_new(args.force)
+        config.check_resume(TrainConfig.from_yaml(folder.config))
+    elif not args.dry_run:
+        folder.check_new(args.force)
     source = open_source(config.data)
     data = load_images(
         source,
@@ -73,6 +72,9 @@ def run(argv: list[str]) -> int:
             f"--batch-size {config.batch_size} is larger than the {len(data)} images of "
             f"{data.description}; at most {len(data)}"
         )
+    if Path(config.data).exists():
+        # The run may be resumed from another folder.
+        config = dataclasses.replace(config, data=str(Path(config.data).absolute()))
     if data.bad:
         name, reason = data.bad[0]
         print(f"Skipped {len(data.bad)} bad images; the first, {name}: {reason}")
@@ -107,6 +109,9 @@ def _dry_run(config: TrainConfig, data: ImageSet) -> int:
     two = dataclasses.replace(config, steps=2, epochs=None)
     with tempfile.TemporaryDirectory(prefix="fastgan-") as folder:
         result = train(two, data, Path(folder) / "run", progress=False)
+    if result.interrupted:
+        print("Dry run stopped; nothing was kept.")
+        return INTERRUPTED
     total = config.total_steps(len(data))
     minutes = result.seconds / 2 * total / 60
     print(
@@ -151,22 +156,19 @@ def _defaults(argv: list[str]) -> TrainArgs | None:
     if seen.config is not None:
         if seen.resume:
             raise InputError("--config and --resume: a resumed run has its settings already")
-        return _as_args(TrainConfig.from_yaml(seen.config))
+        return TrainArgs(**vars(TrainConfig.from_yaml(seen.config)))
     if seen.resume:
         folder = RunFolder(seen.out or default_out(TrainConfig(data=seen.data)))
         folder.check_resume()
-        return _as_args(TrainConfig.from_yaml(folder.config))
+        return TrainArgs(**vars(TrainConfig.from_yaml(folder.config)), out=folder.path)
     return None
 
 
-def _as_args(config: TrainConfig) -> TrainArgs:
-    return TrainArgs(**vars(config))
-
-
-def _one_length(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
-    """The length given now instead of the stored one, where those are of different kinds."""
+def _one_length(config: TrainConfig, before: TrainConfig) -> TrainConfig:
+    """The length that was given instead of the one from before, where both are there."""
     if config.steps is not None and config.epochs is not None:
-        if config.steps != stored.steps:
+        if config.epochs == before.epochs:
             return dataclasses.replace(config, epochs=None)
-        return dataclasses.replace(config, steps=None)
+        if config.steps == before.steps:
+            return dataclasses.replace(config, steps=None)
     return config

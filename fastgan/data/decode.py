@@ -56,7 +56,12 @@ def to_pixels(image: Image.Image | Pixels, size: int, nc: int) -> Pixels:
     if image.mode == "F":
         raise ValueError("floating-point image; save it as 8-bit")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 0xFFFF:
+            raise ValueError(f"has values from {levels.min()} to {levels.max()}; save it as 8-bit")
+        # Bytes in a wider type, or 16 bits of which the high byte is kept.
+        shift = 0 if image.mode == "I" and levels.max() <= 0xFF else 8
+        image = Image.fromarray((levels >> shift).astype(np.uint8))
     upright = ImageOps.exif_transpose(image)
     pixels = np.asarray(_fit(upright.convert("L" if nc == 1 else "RGB"), size))
     return pixels.reshape(size, size, nc)

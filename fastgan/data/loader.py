@@ -65,7 +65,7 @@ class Loader:
         self.seed = seed
         self.flip = flip
         self.shuffle = shuffle
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
         self.dtype = dtype
         self.epoch = 0
         self.batch = 0
@@ -94,7 +94,10 @@ class Loader:
         if self._images.device == self.device:
             images = augment(self._images, index.to(self.device), flips, dtype=self.dtype)
         else:
-            gathered = self._images[index].pin_memory().to(self.device, non_blocking=True)
+            gathered = self._images[index]
+            if self.device.type == "cuda":
+                gathered = gathered.pin_memory()
+            gathered = gathered.to(self.device, non_blocking=True)
             images = augment(gathered, None, flips, dtype=self.dtype)
         labels = self._labels[index].to(self.device) if self._labels is not None else None
         self.batch += 1

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -90,8 +91,12 @@ def _open_path(text: str) -> Source:
         return _open_npz(Path(__file__).with_name("digits.npz"), "embedded set digits")
     if not text:
         raise InputError(f"data: the path is empty; give {KINDS}")
-    path = Path(text).expanduser()
-    if not path.exists():
+    try:
+        path = Path(text).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"data: {text!r} cannot be used as a path: {error}") from error
+    if not exists:
         raise InputError(f"data: {text!r} does not exist; give {KINDS}")
     if path.is_dir():
         idx = _find_idx(path)
@@ -130,7 +135,11 @@ def _open_folder(path: Path) -> Source:
 def _walk_images(root: Path) -> list[str]:
     found: list[str] = []
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"data: {error.filename!r} cannot be read: {error.strerror}") from error
+
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -150,12 +159,17 @@ def _open_zip(path: Path) -> Source:
     members: list[str] = []
     for info in archive.infolist():
         parts = PurePosixPath(info.filename.replace("\\", "/")).parts
-        if ".." in parts or info.filename.startswith(("/", "\\")) or ":" in (parts or ("",))[0]:
+        if ".." in parts or re.match(r"[/\\]|[A-Za-z]:[/\\]", info.filename):
             raise InputError(
                 f"data: {str(path)!r} holds {info.filename!r}, a path that climbs out of the "
                 "archive; it may be hostile, pack it anew"
             )
-        if not info.is_dir() and all(map(_is_visible, parts)) and _is_image_name(parts[-1]):
+        if (
+            parts
+            and not info.is_dir()
+            and all(map(_is_visible, parts))
+            and _is_image_name(parts[-1])
+        ):
             members.append(info.filename)
     members.sort()
     if not members:
@@ -339,7 +353,8 @@ def _split_item(item: Any) -> tuple[Any, int | None]:
     label: Any = item[1] if len(item) > 1 else None
     if hasattr(label, "item") and np.ndim(label) == 0:
         label = label.item()
-    return item[0], label if isinstance(label, int) and not isinstance(label, bool) else None
+    known = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+    return item[0], label if known else None
 
 
 def _from_item(image: Any, signed: bool) -> Pixels:
@@ -390,7 +405,10 @@ def _is_image_name(name: str) -> bool:
 
 def _stamp(path: Path, name: str) -> tuple[str, int, int, int]:
     # The change time cannot be set back, so no edit goes unnoticed.
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere: bad when it is read
+        return name, -1, 0, 0
     return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 

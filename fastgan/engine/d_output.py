@@ -75,19 +75,29 @@ class DiscriminatorOutput:
         kind: ``logits`` or ``probability``: what a call within :meth:`logits` returns.
 
     Raises:
-        InputError: ``auto`` cannot tell which it is.
+        InputError: ``auto`` cannot tell which it is, or ``probability`` is not what it returns.
     """
 
     def __init__(self, netD: nn.Module, sample: Tensor, requested: str = "auto") -> None:
-        if requested == "auto":
-            requested = getattr(netD, "d_output", "auto")
         self.kind = "logits"
         self._skip: int | None = None
         if requested == "logits":
             return
-        self._skip = self._final_sigmoid(netD, sample, required=requested == "auto")
-        if requested == "probability" and self._skip is None:
-            self.kind = "probability"
+        last, scores = self._find_final_sigmoid(netD, sample)
+        if self._skip is not None or (last == "logits" and requested == "auto"):
+            return
+        if requested == "auto":
+            raise InputError(
+                f'd_output="auto": cannot tell whether netD ({type(netD).__name__}) returns logits '
+                f"or probabilities, its last operation is {last}; {_ASK}"
+            )
+        low, high = scores.min().item(), scores.max().item()
+        if last == "logits" or not 0.0 <= low <= high <= 1.0:
+            raise InputError(
+                f'd_output="probability": netD ({type(netD).__name__}) returned values from '
+                f'{low:g} to {high:g}, its last operation is {last}; pass d_output="logits"'
+            )
+        self.kind = "probability"
 
     @contextlib.contextmanager
     def logits(self) -> Iterator[None]:
@@ -98,28 +108,19 @@ class DiscriminatorOutput:
             with _CountSigmoids(self._skip):
                 yield
 
-    @staticmethod
-    def _final_sigmoid(netD: nn.Module, sample: Tensor, required: bool) -> int | None:
-        """The number of the sigmoid call that ends ``netD``'s forward; None if it has none."""
+    def _find_final_sigmoid(self, netD: nn.Module, sample: Tensor) -> tuple[str, Tensor]:
+        """What ``netD`` ends in and what it returns; sets the sigmoid to skip if it ends in one."""
         with evaluation_mode(netD), torch.enable_grad():
             with _CountSigmoids() as seen:
-                output = netD(sample)
-            last = _last_operation(output.grad_fn)
-            if last == "logits":
-                return None
+                scores = netD(sample)
+            last = _last_operation(scores.grad_fn)
             if last == "sigmoid" and seen.calls:
-                skip = seen.calls - 1
-                with _CountSigmoids(skip):
+                with _CountSigmoids(seen.calls - 1):
                     logits = netD(sample)
                 # The last call made need not be the last operation: take it only if it checks out.
-                if torch.equal(logits.sigmoid(), output):
-                    return skip
-        if required:
-            raise InputError(
-                f'd_output="auto": cannot tell whether netD ({type(netD).__name__}) returns logits '
-                f"or probabilities, its last operation is {last}; {_ASK}"
-            )
-        return None
+                if torch.equal(logits.sigmoid(), scores):
+                    self._skip = seen.calls - 1
+        return last, scores.detach()
 
 
 def _last_operation(node: Any) -> str:

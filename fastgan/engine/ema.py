@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from fastgan.errors import InputError
+
 
 class ExponentialMovingAverage:
     """Keeps ``average += (1 - d_t)·(parameters - average)`` with ``d_t = min(decay, t / (t + 9))``.
@@ -24,13 +26,17 @@ class ExponentialMovingAverage:
         decay: in (0, 1).
 
     Attributes:
-        module: the average, a copy that takes no gradient.
+        module: the average, a copy in evaluation mode that takes no gradient.
         updates: ``t``, a 0-d tensor on the device, so that a captured step counts on.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        try:
+            self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"ema={decay}: netG cannot be copied: {reason}; use ema=0") from error
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
         self._stale = True
@@ -53,6 +59,11 @@ class ExponentialMovingAverage:
 
         Does nothing where the weights have not changed since it was last called.
         """
-        if self._stale:
+        if not self._stale:
+            return
+        devices = [self.updates.device] if self.updates.device.type == "cuda" else []
+        # In training mode, so that a dropout draws: not from the global generator as it stands.
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
             update_bn(batches, self.module)
-            self._stale = False
+        self._stale = False

@@ -11,6 +11,7 @@ G(z). Two things are done otherwise than in the example, with the same result:
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -38,6 +39,7 @@ NoiseFunction = Callable[[int, torch.Generator], Tensor]
 
 REAL, FAKE = 1.0, 0.0
 _SAMPLE_CHUNK = 256
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 
 
 class DStats(NamedTuple):
@@ -113,7 +115,7 @@ class Engine:
             convolution, ``(nz,)`` where it begins with a linear layer.
         d_output: whether D returns ``logits`` or a ``probability``. ``auto`` finds out from its
             last operation at the first step; a final sigmoid is then left out, and the loss taken
-            on logits. D may declare it with an attribute ``d_output``.
+            on logits.
         precision: ``fp32``, which computes in the dtype that the parameters have.
         capture: whether the step is captured in a CUDA graph; ``auto`` and False run it eagerly.
         backend: ``auto`` or ``reference``.
@@ -179,9 +181,8 @@ class Engine:
         self.opt_g = opt_g or _adam("lr", netG, lr, betas, self.device)
         self.opt_d = opt_d or _adam("lr_d", netD, lr if lr_d is None else lr_d, betas, self.device)
         self._ema = ExponentialMovingAverage(netG, ema) if ema else None
-        # Sampling has its own generator: looking at a GAN does not change its training.
-        self.generator = generator(seed, "noise", device=self.device)
-        self._sample_generator = generator(seed, "sample", device=self.device)
+        self.seed = seed
+        self._seed_generators(0)
         self.steps = 0
         self._requested_output = d_output
         self._output: DiscriminatorOutput | None = None
@@ -201,7 +202,16 @@ class Engine:
         return self._ema.module
 
     def attach(self, loader: BatchSource) -> None:
-        """Let :meth:`step` draw its batches from ``loader``, whose position joins the state."""
+        """Let :meth:`step` draw its batches from ``loader``, whose position joins the state.
+
+        Raises:
+            InputError: ``loader`` has no ``next_batch``, as a ``DataLoader`` has not.
+        """
+        if not hasattr(loader, "next_batch"):
+            raise InputError(
+                f"loader: a {type(loader).__name__} has no next_batch(); attach a fastgan.Loader, "
+                "or give step() the batches"
+            )
         self._loader = loader
 
     def step(
@@ -309,6 +319,7 @@ class Engine:
             "opt_d": self.opt_d.state_dict(),
             "generator": self.generator.get_state(),
             "sample_generator": self._sample_generator.get_state(),
+            "device": self.device.type,
             "steps": self.steps,
             "loader": self._loader.state_dict() if self._loader is not None else None,
         }
@@ -332,11 +343,24 @@ class Engine:
             self._ema.updates.copy_(state["ema_updates"])
         _load_optimizer(self.opt_g, state["opt_g"])
         _load_optimizer(self.opt_d, state["opt_d"])
-        self.generator.set_state(state["generator"].cpu())
-        self._sample_generator.set_state(state["sample_generator"].cpu())
         self.steps = state["steps"]
+        if state["device"] == self.device.type:
+            self.generator.set_state(state["generator"].cpu())
+            self._sample_generator.set_state(state["sample_generator"].cpu())
+        else:
+            logger.warning(
+                "the state comes from %s and goes on on %s: with other random numbers from here",
+                state["device"],
+                self.device.type,
+            )
+            self._seed_generators(self.steps)
         if self._loader is not None:
             self._loader.load_state_dict(state["loader"])
+
+    def _seed_generators(self, steps: int) -> None:
+        self.generator = generator(self.seed, "noise", steps, self.device)
+        # Sampling has its own: looking at a GAN does not change its training.
+        self._sample_generator = generator(self.seed, "sample", steps, self.device)
 
     def _batches(self, real: Tensor | None) -> Iterator[Tensor]:
         if real is not None:
@@ -501,10 +525,12 @@ def resolve_device(device: str | torch.device, module: nn.Module | None = None) 
         first = next(module.parameters(), None) if module is not None else None
         if first is not None and first.device.type not in ("cpu", "meta"):
             return first.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        # A tensor knows its index: cuda:0, where the request may have been cuda.
+        resolved = torch.empty(0, device=device).device
+        if resolved.type not in _DEVICE_TYPES:
+            raise RuntimeError("it is not a device to train on")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["not usable"])[0]
         raise InputError(f"device={str(device)!r} cannot be used here: {reason}") from error
@@ -570,8 +596,9 @@ def _adam(
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # torch takes the moments of a state as they are; two engines must not share them.
+    optimizer.load_state_dict(copy.deepcopy(state))
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         # A captured step reads the rate where it lies: keep the tensor, take the value.
         if isinstance(rate, Tensor):

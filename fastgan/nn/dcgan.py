@@ -94,8 +94,6 @@ class DCGANDiscriminator(nn.Module):
         InputError: an argument is out of range; for a size, the nearest two are named.
     """
 
-    d_output = "logits"
-
     def __init__(self, ndf: int = 64, nc: int = 3, image_size: int = 64) -> None:
         super().__init__()
         _require_positive(ndf=ndf, nc=nc)
@@ -149,7 +147,8 @@ def _conv_weights(state_dict: Mapping[str, Tensor], what: str) -> list[Tensor]:
     weights = [
         (int(parts[1]), value)
         for key, value in state_dict.items()
-        if (parts := key.split("."))[0] == "main"
+        if isinstance(key, str)
+        and (parts := key.split("."))[0] == "main"
         and len(parts) == 3
         and parts[1].isdigit()
         and parts[2] == "weight"
@@ -157,7 +156,7 @@ def _conv_weights(state_dict: Mapping[str, Tensor], what: str) -> list[Tensor]:
         and value.ndim == 4
     ]
     if len(weights) < 3:
-        keys = ", ".join(list(state_dict)[:3]) or "none"
+        keys = ", ".join(map(str, list(state_dict)[:3])) or "none"
         raise InputError(
             f"state dict is not a DCGAN {what}'s: it needs at least three convolutions named "
             f"main.N.weight; its first keys are {keys}"

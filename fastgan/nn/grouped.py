@@ -111,7 +111,8 @@ def _grouped_batch_norm(
 ) -> Tensor:
     if not bn.training:
         return bn(x) if bn.running_mean is not None else torch.cat([bn(p) for p in x.chunk(groups)])
-    if bn.num_batches_tracked is not None:
+    tracks = bn.track_running_stats
+    if tracks and bn.num_batches_tracked is not None:
         if bn.momentum is None:
             # A cumulative average weighs each batch differently; the module keeps that count.
             return torch.cat([bn(part) for part in x.chunk(groups)])
@@ -120,8 +121,8 @@ def _grouped_batch_norm(
         x,
         bn.weight,
         bn.bias,
-        bn.running_mean,
-        bn.running_var,
+        bn.running_mean if tracks else None,
+        bn.running_var if tracks else None,
         momentum=0.0 if bn.momentum is None else bn.momentum,
         eps=bn.eps,
         groups=groups,

@@ -1,7 +1,12 @@
-"""Models by name, for ``--model`` and for checkpoints."""
+"""Models by name, for ``--model`` and for checkpoints.
+
+An installed package adds one by an entry point in the group ``fastgan.models``, whose name is the
+model's and whose object is its builder; a program adds one by :func:`register_model`.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 
 from torch import nn
@@ -32,6 +37,9 @@ def register_model(name: str, builder: ModelBuilder) -> None:
 
 def model_names() -> tuple[str, ...]:
     """The registered names, sorted."""
+    for entry in importlib.metadata.entry_points(group="fastgan.models"):
+        if entry.name not in _builders:
+            register_model(entry.name, entry.load())
     return tuple(sorted(_builders))
 
 
@@ -43,7 +51,7 @@ def build_model(
     Raises:
         InputError: the name is unknown, or the model does not take these sizes.
     """
-    if name not in _builders:
+    if name not in _builders and name not in model_names():
         raise InputError(f"model={name!r} is unknown; choose from {', '.join(model_names())}")
     return _builders[name](nz=nz, ngf=ngf, ndf=ndf, nc=nc, image_size=image_size)
 

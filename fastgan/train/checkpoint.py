@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,18 @@ class ModelSpec:
         )
 
 
-def save_checkpoint(folder: Path, engine: Engine, model: ModelSpec) -> Path:
+def save_checkpoint(
+    folder: Path, engine: Engine, model: ModelSpec, settings: Mapping[str, Any]
+) -> Path:
     """Write the state of ``engine`` to ``folder/step-NNNNNN`` and return that path.
 
     One that is there already for the same step is left as it is: steps are deterministic.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        engine: its state, and that of torch's global generators, is what is saved.
+        model: how to build the networks.
+        settings: of the run; plain values.
 
     Raises:
         RunError: a weight is not finite.
@@ -79,6 +89,10 @@ def save_checkpoint(folder: Path, engine: Engine, model: ModelSpec) -> Path:
             _require_finite(name, weights, engine.steps)
             plain = {key: value.cpu().contiguous() for key, value in weights.items()}
             contents[f"{name}.safetensors"] = safetensors.torch.save(plain)
+    # A network with dropout draws from the global generators.
+    state["global_rng"] = torch.get_rng_state()
+    if engine.device.type == "cuda":
+        state["global_cuda_rng"] = torch.cuda.get_rng_state(engine.device)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     contents["state.pt"] = buffer.getvalue()
@@ -86,6 +100,7 @@ def save_checkpoint(folder: Path, engine: Engine, model: ModelSpec) -> Path:
         "format": FORMAT,
         "step": engine.steps,
         "model": vars(model),
+        "settings": dict(settings),
         "threads": torch.get_num_threads(),
         "versions": {"fastgan": __version__, "torch": str(torch.__version__)},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
@@ -146,7 +161,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"to {FORMAT}; upgrade fastgan"
             )
         ModelSpec(**manifest["model"])
-        _ = manifest["step"], manifest["threads"], manifest["files"]["netG.safetensors"]
+        _ = manifest["files"]["netG.safetensors"], manifest["files"]["state.pt"]
+        _ = manifest["step"], manifest["threads"], manifest["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -169,33 +185,37 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
         data = contents.get(f"{name}.safetensors")
         state[name] = safetensors.torch.load(data) if data is not None else None
     try:
+        torch.set_rng_state(state.pop("global_rng"))
+        cuda_rng = state.pop("global_cuda_rng", None)
+        if cuda_rng is not None and engine.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda_rng, engine.device)
         engine.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"checkpoint {str(path)!r} does not fit this run: {reason}") from error
 
 
-def load_newest(folder: Path, engine: Engine) -> tuple[Path | None, list[str]]:
-    """Put the newest checkpoint in ``folder`` that is not damaged into ``engine``.
+def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint in ``folder`` that is not damaged.
 
     Returns:
-        Its path, None if there is no checkpoint at all, and what was wrong with newer ones.
-
-    Raises:
-        InputError: there are checkpoints and every one is damaged, or one does not fit the run.
+        Its path, None if there is none, and what is wrong with each newer one.
     """
-    damaged = []
+    damaged = {}
     for path in list_checkpoints(folder):
         try:
             _verify(path)
         except InputError as error:
-            damaged.append(str(error))
-            continue
-        load_checkpoint(path, engine)
-        return path, damaged
-    if damaged:
-        raise InputError(f"no checkpoint in {str(folder)!r} can be used: {damaged[0]}")
-    return None, []
+            damaged[path] = str(error)
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def set_aside(path: Path) -> None:
+    """Give the damaged checkpoint at ``path`` a name that no checkpoint has."""
+    names = (f"damaged-{path.name}" + (f"-{i}" if i else "") for i in itertools.count())
+    path.rename(next(p for name in names if not (p := path.with_name(name)).exists()))
 
 
 def load_generator(path: Path) -> nn.Module:

@@ -169,18 +169,25 @@ class TrainConfig:
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"--config {str(path)!r} is not YAML: {reason}") from error
-        if values is None:
-            values = {}
+        return cls.from_values({} if values is None else values, f"--config {str(path)!r}")
+
+    @classmethod
+    def from_values(cls, values: object, where: str) -> TrainConfig:
+        """The settings in ``values``, name to value; those left out have their defaults.
+
+        Raises:
+            InputError: begins with ``where`` and says which name or value is wrong.
+        """
         if not isinstance(values, Mapping):
-            raise InputError(f"--config {str(path)!r} must hold lines of 'name: value'")
+            raise InputError(f"{where} must hold lines of 'name: value'")
         hints = typing.get_type_hints(cls)
         known = {}
         for name, value in values.items():
             if name not in hints:
                 near = difflib.get_close_matches(str(name), hints, 1)
                 meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(hints)}"
-                raise InputError(f"--config {str(path)!r}: unknown setting {name!r}{meant}")
-            known[name] = _convert(path, name, value, hints[name])
+                raise InputError(f"{where}: unknown setting {name!r}{meant}")
+            known[name] = _convert(where, name, value, hints[name])
         return cls(**known)
 
     def _require(self, name: str, good: bool, wanted: str) -> None:
@@ -197,7 +204,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _convert(path: Path, name: str, value: Any, hint: Any) -> Any:
+def _convert(where: str, name: str, value: Any, hint: Any) -> Any:
     """``value`` as the type ``hint``; YAML reads ``2e-4`` as a string and ``1`` as an int."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
@@ -221,4 +228,4 @@ def _convert(path: Path, name: str, value: Any, hint: Any) -> Any:
         for o in options
         if o is not type(None)
     )
-    raise InputError(f"--config {str(path)!r}: {name}: {value!r} is not of type {names}")
+    raise InputError(f"{where}: {name}: {value!r} is not of type {names}")

@@ -20,18 +20,19 @@ from tqdm import tqdm
 from fastgan.data.images import ImageSet
 from fastgan.data.loader import Loader
 from fastgan.engine.engine import Engine, StepStats, resolve_device, sample
-from fastgan.errors import RunError
+from fastgan.errors import InputError, RunError
 from fastgan.files import replace_file
 from fastgan.ops.backend import resolve_backend
 from fastgan.seeding import generator
 from fastgan.train.checkpoint import (
     ModelSpec,
     clean_checkpoints,
-    list_checkpoints,
-    load_newest,
+    load_checkpoint,
+    newest_whole,
     prune_checkpoints,
     read_manifest,
     save_checkpoint,
+    set_aside,
 )
 from fastgan.train.config import TrainConfig
 from fastgan.train.report import render_report
@@ -39,6 +40,7 @@ from fastgan.train.run import RunFolder
 from fastgan.train.samples import image_grid, write_gif, write_png
 
 GRID = 64
+_WINDOW = 1024
 _ADVICE = (
     "start anew with a lower --lr or another --seed, or look at the data; --resume would repeat "
     "the same steps to the same end"
@@ -95,42 +97,50 @@ def train(
     """
     config = dataclasses.replace(config, image_size=data.image_size, nc=data.nc)
     config.check()
-    folder = RunFolder(out)
+    folder = RunFolder(Path(out))
     if resume:
         folder.check_resume()
         config.check_resume(TrainConfig.from_yaml(folder.config))
     else:
         folder.check_new(force)
-    run = _Run(config, data, folder, say)
+    device = resolve_device(config.device)
     try:
-        if not resume:
-            folder.create(config, data.bad)
-        with folder.lock():
-            if resume:
-                run.restore()
-                replace_file(folder.config, config.to_yaml().encode())
-            return run.go(progress)
+        # The networks may draw from the global generators; the caller gets theirs back.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            run = _Run(config, data, folder, device, say)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with folder.lock():
+                if resume:
+                    run.restore()
+                    replace_file(folder.config, config.to_yaml().encode())
+                else:
+                    folder.check_new(force)
+                    folder.create(config, data.bad)
+                return run.go(progress)
     except OSError as error:
         raise RunError(
-            f"step {run.engine.steps}: cannot write to {str(out)!r}: {error.strerror or error}; "
-            f"{run.last_good()}; free some room, then --resume goes on from there"
+            f"cannot write to {str(out)!r}: {error.strerror or error}; {_last_good(folder)}; "
+            "once that is mended, --resume goes on from there"
         ) from error
 
 
 class _Run:
     def __init__(
-        self, config: TrainConfig, data: ImageSet, folder: RunFolder, say: Callable[[str], None]
+        self,
+        config: TrainConfig,
+        data: ImageSet,
+        folder: RunFolder,
+        device: torch.device,
+        say: Callable[[str], None],
     ) -> None:
         self.config, self.data, self.folder, self.say = config, data, folder, say
         self.steps = config.total_steps(len(data))
         self.model = ModelSpec(
             config.model, config.nz, config.ngf, config.ndf, data.nc, data.image_size
         )
-        device = resolve_device(config.device)
         resolve_backend(config.backend)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(config.seed)
-            netG, netD = self.model.build()
+        netG, netD = self.model.build()
         self.engine = Engine(
             netG,
             netD,
@@ -150,18 +160,26 @@ class _Run:
 
     def restore(self) -> None:
         """Go to the newest whole checkpoint; without any, start anew."""
-        clean_checkpoints(self.folder.checkpoints)
-        newest = list_checkpoints(self.folder.checkpoints)
-        path, damaged = load_newest(self.folder.checkpoints, self.engine)
-        for reason in damaged:
-            self.say(f"Warning: {reason}; going back to an earlier one.")
+        folder = self.folder.checkpoints
+        clean_checkpoints(folder)
+        path, damaged = newest_whole(folder)
+        if path is None and damaged:
+            raise InputError(
+                f"no checkpoint in {str(folder)!r} can be used: {next(iter(damaged.values()))}"
+            )
         if path is None:
             self.say(f"No checkpoint in {self.folder.path} yet: starting from step 0.")
         else:
-            self._restore_threads(int(read_manifest(path)["threads"]))
+            manifest = read_manifest(path)
+            settings = TrainConfig.from_values(manifest["settings"], f"checkpoint {str(path)!r}")
+            self.config.check_resume(settings)
+            self._restore_threads(int(manifest["threads"]))
+            load_checkpoint(path, self.engine)
+        for broken, reason in damaged.items():
+            set_aside(broken)
+            self.say(f"Warning: {reason}; going back to an earlier one.")
+        if path is not None:
             self.say(f"Resuming {self.folder.path} at step {self.engine.steps} of {self.steps}.")
-        for broken in newest[: len(damaged)]:
-            broken.rename(broken.with_name(f"damaged-{broken.name}"))
         self.folder.rewind(self.engine.steps)
         rows = self.folder.read_metrics()
         self.seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
@@ -180,7 +198,7 @@ class _Run:
             return self._result(interrupted=False)
         self.folder.samples.mkdir(exist_ok=True)
         self.folder.checkpoints.mkdir(exist_ok=True)
-        window = _Window(config.log_every, engine.device)
+        window = _Window(min(config.log_every, _WINDOW), engine.device)
         signals = _StopSignals()
         saved = True
         with (
@@ -203,7 +221,7 @@ class _Run:
                 log = last or step % config.log_every == 0
                 saved = last or step % config.save_every == 0
                 draw = last or step % config.sample_every == 0
-                values = self._read(window) if log or saved or draw else None
+                values = self._read(window) if log or saved or draw or window.full else None
                 self.speed.add(self._batch_images(), time.perf_counter() - started)
                 bar.update()
                 if log and values is not None:
@@ -228,17 +246,12 @@ class _Run:
                 self._save()
         return self._result(interrupted=engine.steps < self.steps)
 
-    def last_good(self) -> str:
-        """The newest checkpoint, in words."""
-        found = list_checkpoints(self.folder.checkpoints)
-        return f"last good checkpoint: {found[0]}" if found else "there is no checkpoint yet"
-
     def _sample(self) -> torch.Tensor:
         return sample(self.engine.ema_module or self.engine.netG, self.fixed_noise)
 
     def _save(self) -> None:
         try:
-            save_checkpoint(self.folder.checkpoints, self.engine, self.model)
+            save_checkpoint(self.folder.checkpoints, self.engine, self.model, vars(self.config))
         except RunError as error:
             raise self._not_finite(str(error)) from None
         prune_checkpoints(self.folder.checkpoints, self.config.keep)
@@ -257,7 +270,7 @@ class _Run:
             pictures,
             self.data.bad,
         )
-        replace_file(self.folder.report, page.encode())
+        replace_file(self.folder.report, page.encode("utf-8", "backslashreplace"))
 
     def _read(self, window: _Window) -> dict[str, float] | None:
         """The values of the last step, if not read yet; stops at a loss that is not finite."""
@@ -270,7 +283,7 @@ class _Run:
         return rows[-1] if rows else None
 
     def _not_finite(self, what: str) -> RunError:
-        return RunError(f"{what}; {self.last_good()}, left as it was; {_ADVICE}")
+        return RunError(f"{what}; {_last_good(self.folder)}, left as it was; {_ADVICE}")
 
     def _batch_images(self) -> int:
         """Images in the batch just drawn; the last of an epoch is smaller."""
@@ -292,6 +305,11 @@ class _Run:
         return RunResult(
             self.engine.steps, self.steps, interrupted, self.speed.seconds, self.speed.mean()
         )
+
+
+def _last_good(folder: RunFolder) -> str:
+    path, _ = newest_whole(folder.checkpoints)
+    return f"last good checkpoint: {path}" if path else "there is no checkpoint yet"
 
 
 class _Speed:
@@ -321,6 +339,10 @@ class _Window:
     def __init__(self, size: int, device: torch.device) -> None:
         self._rows = torch.zeros(size, len(StepStats._fields), device=device)
         self._count = 0
+
+    @property
+    def full(self) -> bool:
+        return self._count == len(self._rows)
 
     def add(self, stats: StepStats) -> None:
         self._rows[self._count].copy_(torch.stack(tuple(stats)))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgan.train.run import sample_step
 from fastgan.train.samples import thin
 
 MAX_POINTS = 600
@@ -78,7 +79,7 @@ def _timeline(samples: Sequence[Path]) -> str:
     figures = []
     for path in thin(list(samples), MAX_PICTURES):
         data = base64.b64encode(path.read_bytes()).decode()
-        step = int(path.stem.removeprefix("step-"))
+        step = sample_step(path)
         figures.append(
             f"<figure><img alt='samples at step {step}' src='data:image/png;base64,{data}'>"
             f"<figcaption>step {step}</figcaption></figure>"

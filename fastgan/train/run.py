@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgan.errors import InputError
-from fastgan.files import replace_file, sync_folder, write_synced
+from fastgan.files import replace_file
 from fastgan.train.config import TrainConfig
 
 _OWN_NAMES = (
@@ -29,6 +29,13 @@ _OWN_NAMES = (
     "report.html",
     "skipped.txt",
 )
+
+_SAMPLE = re.compile(r"step-(\d{6,})\.png")
+
+
+def sample_step(path: Path) -> int:
+    """The step of the grid at ``path``."""
+    return int(path.stem.removeprefix("step-"))
 
 
 class RunFolder:
@@ -96,31 +103,26 @@ class RunFolder:
             )
 
     def create(self, config: TrainConfig, skipped: Sequence[tuple[str, str]]) -> None:
-        """Make the folder, with its configuration, in one rename; a run that is here is replaced.
+        """Make the folder a run with this configuration, in place of the one that may be here.
+
+        The configuration comes last: it is what makes the folder a run.
 
         Raises:
-            InputError: the folder cannot be made.
+            OSError: the folder cannot be written.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_run()
-            new = Path(tempfile.mkdtemp(prefix=".new-run-", dir=self.path.parent))
-        except OSError as error:
-            raise InputError(
-                f"--out {str(self.path)!r} cannot be written: {error.strerror}"
-            ) from error
-        try:
-            new.chmod(0o777 & ~_umask())
-            write_synced(new / "config.yaml", config.to_yaml().encode())
-            if skipped:
-                lines = "".join(f"{name}: {reason}\n" for name, reason in skipped)
-                write_synced(new / "skipped.txt", lines.encode())
-            sync_folder(new)
-            new.rename(self.path)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        sync_folder(self.path.parent)
+        for name in _OWN_NAMES:
+            path = self.path / name
+            if path == self.config:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        replace_file(self.config, config.to_yaml().encode())
+        if skipped:
+            lines = "".join(f"{name}: {reason}\n" for name, reason in skipped)
+            # The name of a file need not be Unicode.
+            replace_file(self.skipped, lines.encode("utf-8", "backslashreplace"))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -134,14 +136,17 @@ class RunFolder:
         except ImportError:  # not on Windows
             yield
             return
-        with self.config.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"--out {str(self.path)!r} is being trained by another process"
-                ) from None
+        # The folder itself: a file in it could be replaced, and the lock on it lost.
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+        except BlockingIOError:
+            raise InputError(
+                f"--out {str(self.path)!r} is being trained by another process"
+            ) from None
+        finally:
+            os.close(descriptor)
 
     def sample_path(self, step: int) -> Path:
         """Where the grid of ``step`` is."""
@@ -149,8 +154,10 @@ class RunFolder:
 
     def sample_paths(self) -> list[Path]:
         """The grids so far, in order of their steps."""
-        found = self.samples.glob("step-*.png")
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+        if not self.samples.is_dir():
+            return []
+        found = [path for path in self.samples.iterdir() if _SAMPLE.fullmatch(path.name)]
+        return sorted(found, key=sample_step)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The whole lines of ``metrics.jsonl``."""
@@ -167,23 +174,5 @@ class RunFolder:
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         for path in self.sample_paths():
-            if int(path.stem.removeprefix("step-")) > step:
+            if sample_step(path) > step:
                 path.unlink()
-
-    def _remove_run(self) -> None:
-        """Remove a run's own files, and nothing else."""
-        if not self.path.exists():
-            return
-        for name in _OWN_NAMES:
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        self.path.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

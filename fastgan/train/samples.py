@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from fastgan.errors import InputError
 from fastgan.files import replace_file
 
 MAX_FRAMES = 60
@@ -84,16 +82,14 @@ def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
     return (torch.sin((1.0 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
 
 
-def each_png(folder: Path, images: Tensor) -> Iterator[Path]:
-    """Write ``images`` one by one to ``folder/000000.png`` and so on, yielding each path.
+def write_each(folder: Path, images: Tensor, start: int = 0) -> int:
+    """Write ``images`` one by one to ``folder/000000.png`` and so on, counting from ``start``.
 
-    Raises:
-        InputError: the folder holds such files already.
+    Returns:
+        The number of the next.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if next(folder.glob("[0-9]*.png"), None) is not None:
-        raise InputError(f"--each {str(folder)!r} holds images already; give an empty folder")
-    for i, pixels in enumerate(to_bytes(images)):
-        path = folder / f"{i:06d}.png"
-        write_png(path, Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-        yield path
+    for i, pixels in enumerate(to_bytes(images), start):
+        picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        picture.save(folder / f"{i:06d}.png")
+    return start + len(images)

@@ -57,11 +57,26 @@ def wait_for(process: subprocess.Popen[bytes], out: Path, mode: str, draw: rando
     ahead = SAVE_EVERY * draw.randint(1, CHECKPOINTS_A_KILL)
     while process.poll() is None:
         if newest(checkpoints) >= before + ahead:
-            if mode == "writing" and not list(checkpoints.glob(".tmp-step-*")):
-                continue
-            time.sleep(draw.uniform(0.0, 0.004 if mode == "writing" else 0.05))
-            return
+            if mode == "training":
+                time.sleep(draw.uniform(0.0, 0.05))
+                return
+            if caught_writing(process, checkpoints, draw):
+                return
         time.sleep(0.0 if mode == "writing" else 0.001)
+
+
+def caught_writing(
+    process: subprocess.Popen[bytes], checkpoints: Path, draw: random.Random
+) -> bool:
+    """Whether the process is stopped halfway through a checkpoint."""
+    if not list(checkpoints.glob(".tmp-step-*")):
+        return False
+    time.sleep(draw.uniform(0.0, 0.003))
+    process.send_signal(signal.SIGSTOP)
+    if list(checkpoints.glob(".tmp-step-*")):
+        return True
+    process.send_signal(signal.SIGCONT)
+    return False
 
 
 def newest(checkpoints: Path) -> int:
@@ -133,6 +148,8 @@ def main() -> int:
         finish(killed, steps)
         finish(alone, steps)
         found = differences(alone, killed, steps)
+        if args.kills and not moments["while writing a checkpoint"]:
+            found.append("the kills: none came while a checkpoint was being written")
         print(f"{args.kills} kills ({dict(moments)}), {steps} steps: ", end="")
         print(f"differences in {', '.join(found)}" if found else "equal to the bit")
         return 1 if found else 0
