@@ -72,12 +72,14 @@ def run(argv: list[str]) -> int:
         noise = torch.randn(args.n, *shape, generator=draw)
     kept = []
     written = 0
-    for chunk in tqdm(noise.split(_CHUNK), unit_scale=_CHUNK, unit="image", disable=None):
-        images = sample(netG, chunk)
-        if args.each is not None:
-            written = write_each(args.each, images, written)
-        if output is not None:
-            kept.append(images)
+    with tqdm(total=args.n, unit="image", disable=None, leave=False) as bar:
+        for chunk in noise.split(_CHUNK):
+            images = sample(netG, chunk)
+            if args.each is not None:
+                written = write_each(args.each, images, written)
+            if output is not None:
+                kept.append(images)
+            bar.update(len(chunk))
     if args.each is not None:
         print(f"Wrote {written} images to {args.each}")
     if output is not None:

@@ -38,7 +38,7 @@ class ExponentialMovingAverage:
             reason = str(error).splitlines()[0]
             raise InputError(f"ema={decay}: netG cannot be copied: {reason}; use ema=0") from error
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self.updates = torch.zeros((), dtype=torch.float64, device=device)
+        self.updates = torch.zeros((), device=device)
         self._stale = True
 
     @torch.no_grad()
