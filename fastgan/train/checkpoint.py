@@ -2,7 +2,7 @@
 
 ``step-000500/`` holds ``netG.safetensors``, ``netD.safetensors``, ``ema.safetensors`` where an
 average is kept, ``state.pt`` (optimisers, generators, loader position; tensors and plain values
-only) and ``manifest.json`` (format, step, model, versions, thread count, and the SHA-256 of each
+only) and ``manifest.json`` (format, step, settings, versions, thread count, and the SHA-256 of each
 file). It is written under a temporary name, synced and renamed, so that a folder with the final
 name is complete.
 """
@@ -17,7 +17,6 @@ import pickle
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +31,34 @@ from fastgan.errors import InputError, RunError
 from fastgan.files import sync_folder, write_synced
 from fastgan.nn.dcgan import DCGANGenerator
 from fastgan.nn.registry import build_model
+from fastgan.train.config import TrainConfig
 
 FORMAT = 1
 _NETWORKS = ("netG", "netD", "ema")
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """What :func:`fastgan.build_model` needs to build the networks of a checkpoint."""
+def build_networks(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
+    """New ``(netG, netD)`` of a run, initialised from the global generator.
 
-    name: str
-    nz: int
-    ngf: int
-    ndf: int
-    nc: int
-    image_size: int
+    Args:
+        config: with ``nc`` and ``image_size`` set.
 
-    def build(self) -> tuple[nn.Module, nn.Module]:
-        """New ``(netG, netD)``, initialised from the global generator."""
-        return build_model(
-            self.name,
-            nz=self.nz,
-            ngf=self.ngf,
-            ndf=self.ndf,
-            nc=self.nc,
-            image_size=self.image_size,
-        )
+    Raises:
+        InputError: the model is unknown or does not take these sizes.
+    """
+    assert config.nc is not None and config.image_size is not None
+    return build_model(
+        config.model,
+        nz=config.nz,
+        ngf=config.ngf,
+        ndf=config.ndf,
+        nc=config.nc,
+        image_size=config.image_size,
+    )
 
 
-def save_checkpoint(
-    folder: Path, engine: Engine, model: ModelSpec, settings: Mapping[str, Any]
-) -> Path:
+def save_checkpoint(folder: Path, engine: Engine, config: TrainConfig) -> Path:
     """Write the state of ``engine`` to ``folder/step-NNNNNN`` and return that path.
 
     One that is there already for the same step is left as it is: steps are deterministic.
@@ -71,8 +66,7 @@ def save_checkpoint(
     Args:
         folder: the run's ``checkpoints``.
         engine: its state, and that of torch's global generators, is what is saved.
-        model: how to build the networks.
-        settings: of the run; plain values.
+        config: the settings of the run.
 
     Raises:
         RunError: a weight is not finite.
@@ -99,8 +93,7 @@ def save_checkpoint(
     manifest = {
         "format": FORMAT,
         "step": engine.steps,
-        "model": vars(model),
-        "settings": dict(settings),
+        "settings": vars(config),
         "threads": torch.get_num_threads(),
         "versions": {"fastgan": __version__, "torch": str(torch.__version__)},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
@@ -160,7 +153,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"checkpoint {str(path)!r} has format {manifest['format']}, this version reads up "
                 f"to {FORMAT}; upgrade fastgan"
             )
-        ModelSpec(**manifest["model"])
         _ = manifest["files"]["netG.safetensors"], manifest["files"]["state.pt"]
         _ = manifest["step"], manifest["threads"], manifest["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -170,6 +162,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {str(path)!r} is damaged: manifest.json is missing or cannot be read"
         ) from error
     return dict(manifest)
+
+
+def read_settings(path: Path, manifest: Mapping[str, Any]) -> TrainConfig:
+    """The settings of the run that wrote the checkpoint at ``path``.
+
+    Raises:
+        InputError: a setting is unknown, as one of a later version would be.
+    """
+    return TrainConfig.from_values(manifest["settings"], f"checkpoint {str(path)!r}")
 
 
 def load_checkpoint(path: Path, engine: Engine) -> None:
@@ -252,7 +253,7 @@ def _generator_of(path: Path) -> nn.Module:
     manifest = read_manifest(path)
     name = "ema.safetensors" if "ema.safetensors" in manifest["files"] else "netG.safetensors"
     weights = safetensors.torch.load(_read_verified(path, name, manifest))
-    netG, _ = ModelSpec(**manifest["model"]).build()
+    netG, _ = build_networks(read_settings(path, manifest))
     netG.load_state_dict(weights)
     return netG
 

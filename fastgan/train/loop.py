@@ -25,12 +25,13 @@ from fastgan.files import replace_file
 from fastgan.ops.backend import resolve_backend
 from fastgan.seeding import generator
 from fastgan.train.checkpoint import (
-    ModelSpec,
+    build_networks,
     clean_checkpoints,
     load_checkpoint,
     newest_whole,
     prune_checkpoints,
     read_manifest,
+    read_settings,
     save_checkpoint,
     set_aside,
 )
@@ -136,11 +137,8 @@ class _Run:
     ) -> None:
         self.config, self.data, self.folder, self.say = config, data, folder, say
         self.steps = config.total_steps(len(data))
-        self.model = ModelSpec(
-            config.model, config.nz, config.ngf, config.ndf, data.nc, data.image_size
-        )
         resolve_backend(config.backend)
-        netG, netD = self.model.build()
+        netG, netD = build_networks(config)
         self.engine = Engine(
             netG,
             netD,
@@ -171,8 +169,7 @@ class _Run:
             self.say(f"No checkpoint in {self.folder.path} yet: starting from step 0.")
         else:
             manifest = read_manifest(path)
-            settings = TrainConfig.from_values(manifest["settings"], f"checkpoint {str(path)!r}")
-            self.config.check_resume(settings)
+            self.config.check_resume(read_settings(path, manifest))
             self._restore_threads(int(manifest["threads"]))
             load_checkpoint(path, self.engine)
         for broken, reason in damaged.items():
@@ -251,7 +248,7 @@ class _Run:
 
     def _save(self) -> None:
         try:
-            save_checkpoint(self.folder.checkpoints, self.engine, self.model, vars(self.config))
+            save_checkpoint(self.folder.checkpoints, self.engine, self.config)
         except RunError as error:
             raise self._not_finite(str(error)) from None
         prune_checkpoints(self.folder.checkpoints, self.config.keep)
