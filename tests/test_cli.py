@@ -16,6 +16,7 @@ from PIL import Image
 from support.runs import fastgan, run_small
 
 from fastgan import Engine, cli
+from fastgan.cli import train as train_command
 from fastgan.data import sources
 
 
@@ -95,6 +96,15 @@ def test_train_from_the_command_line_and_again(tmp_path, array_file, capsys, mon
     assert code == 0 and "at step 5 of 10" in out
     code, _, err = call(capsys, "train", "--data", array_file, "--steps", 3)
     assert code == 2 and "--resume" in err
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"),
+    [((3, 28, 28), 32), ((3, 16, 16), 16), ((3, 9, 9, 3), 16), ((3, 64, 64), 64), ((3, 20, 30), 64),
+     ((3, 300, 300), 64)],
+)  # fmt: skip
+def test_the_size_that_is_taken_where_none_is_given(shape, want):
+    assert train_command._natural_size(sources.open_source(np.zeros(shape, np.uint8))) == want
 
 
 def test_a_configuration_file_and_flags_before_it(tmp_path, array_file, capsys):
@@ -178,7 +188,7 @@ def test_a_dry_run_writes_nothing(tmp_path, array_file, capsys, monkeypatch):
     code, out, _ = call(
         capsys, "train", "--data", array_file, "--batch-size", 8, "--ngf", 2, "--dry-run"
     )
-    assert code == 0 and "3000 steps would take" in out
+    assert code == 0 and "2000 steps would take" in out
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -136,13 +136,12 @@ def _describe(config: TrainConfig, data: ImageSet) -> None:
 
 
 def _natural_size(source: Source) -> int:
-    """The size of the source's images where all have one that a DCGAN can make."""
-    shape: tuple[int, ...] = source.array.shape if source.array is not None else ()
-    return (
-        shape[1]
-        if shape and shape[1] == shape[2] and shape[1] in IMAGE_SIZES
-        else _DEFAULT_IMAGE_SIZE
-    )
+    """The power of two that holds the source's images, where it is known and they are square."""
+    shape = source.array.shape if source.array is not None else (0, 0, 0)
+    if shape[1] != shape[2]:
+        return _DEFAULT_IMAGE_SIZE
+    holding = (size for size in IMAGE_SIZES if size.bit_count() == 1 and size >= shape[1] > 0)
+    return next(holding, _DEFAULT_IMAGE_SIZE)
 
 
 def _defaults(argv: list[str]) -> TrainArgs | None:

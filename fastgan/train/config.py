@@ -18,7 +18,7 @@ from fastgan.choices import Backend
 from fastgan.errors import InputError
 from fastgan.nn.sizes import split_size
 
-DEFAULT_STEPS = 3000
+DEFAULT_STEPS = 2000
 
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 
@@ -40,14 +40,14 @@ class TrainConfig:
         data: Images to train on: a folder (class subfolders or not), a .zip, .npy, .npz, .h5, MNIST
             idx files, or 'digits', the embedded set of 10,000 handwritten digits.
         model: Networks to train, by their registered name.
-        image_size: Side of the images, s0*2^k with s0 in 4..7, from 16 to 256. By default that of
-            the source where all its images have a size that fits (digits: 28), else 64.
+        image_size: Side of the images, s0*2^k with s0 in 4..7, from 16 to 256. By default the power
+            of two that holds the images, where the source is an array (digits: 32), else 64.
         nc: Channels: 1 (grey) or 3 (RGB). By default what the images have.
         nz: Length of the noise vector z.
         ngf: Channels of the generator's last hidden layer.
         ndf: Channels of the discriminator's first hidden layer.
         batch_size: Images in a batch.
-        steps: Steps in all, each one update of D and one of G. Default: 3000, unless --epochs is
+        steps: Steps in all, each one update of D and one of G. Default: 2000, unless --epochs is
             given.
         epochs: Passes over the data in all, instead of --steps.
         lr: Learning rate of Adam.
