@@ -16,13 +16,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.choices import Capture, DOutput, FusePasses
+from fastgan.choices import Backend, Capture, DOutput, FusePasses, Loss, Precision
 from fastgan.engine.d_output import DiscriminatorOutput
 from fastgan.engine.ema import ExponentialMovingAverage
 from fastgan.errors import InputError, NotBuiltError
@@ -143,7 +143,7 @@ class Engine:
         netG: nn.Module,
         netD: nn.Module,
         *,
-        loss: str = "bce",
+        loss: Loss = "bce",
         opt_g: torch.optim.Optimizer | None = None,
         opt_d: torch.optim.Optimizer | None = None,
         lr: float = 2e-4,
@@ -153,17 +153,17 @@ class Engine:
         ema: float = 0.0,
         noise: int | Sequence[int] | NoiseFunction | None = None,
         d_output: DOutput = "auto",
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         capture: Capture = "auto",
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: str | torch.device = "auto",
         seed: int = 0,
         fuse_passes: FusePasses = "auto",
     ) -> None:
-        _check_choice("loss", loss, ("bce",), ("minimax", "lsgan", "hinge", "wgan-gp"))
-        _check_choice("precision", precision, ("fp32",), ("tf32", "bf16", "fp16"))
+        _check_choice("loss", loss, ("bce",), get_args(Loss))
+        _check_choice("precision", precision, ("fp32",), get_args(Precision))
         _check_choice("capture", capture, ("auto", False), (True,))
-        _check_choice("d_output", d_output, ("auto", "logits", "probability"))
+        _check_choice("d_output", d_output, get_args(DOutput))
         _check_choice("fuse_passes", fuse_passes, ("auto", True, False))
         if n_d < 1:
             raise InputError(f"n_d={n_d} must be at least 1")
