@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` and wait until it is on the disk."""
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Wait until what was written to the open ``file`` is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

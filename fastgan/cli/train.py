@@ -126,7 +126,7 @@ def _dry_run(config: TrainConfig, data: ImageSet) -> int:
 
 def _describe(config: TrainConfig, data: ImageSet) -> None:
     steps = config.total_steps(len(data))
-    epochs = steps / -(-len(data) // config.batch_size)
+    epochs = steps / config.steps_per_epoch(len(data))
     print(
         f"Training {config.model} at {data.image_size}x{data.image_size}x{data.nc} on "
         f"{len(data)} images from {data.description}: {steps} steps of {config.batch_size}, "

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from fastgan.data.decode import Pixels, is_grey, to_pixels
 from fastgan.data.sources import Source, open_source
 from fastgan.errors import InputError
+from fastgan.files import sync_file, write_synced
 
 FORMAT = 1
 _PROBE = 64
@@ -196,12 +197,12 @@ class _Build:
                 read.append(label)
             file.seek(0)
             _write_header(file, (len(read), *shape))
-            _sync(file)
+            sync_file(file)
         labels = _as_labels(read)
         if labels is not None:
             with (folder / "labels.npy").open("wb") as file:
                 np.save(file, labels)
-                _sync(file)
+                sync_file(file)
         meta = {
             "format": FORMAT,
             "source": self.source.description,
@@ -210,9 +211,7 @@ class _Build:
             "digest": _finish(digest, labels),
             "bad": bad,
         }
-        with (folder / "meta.json").open("wb") as file:
-            file.write(json.dumps(meta).encode())
-            _sync(file)
+        write_synced(folder / "meta.json", json.dumps(meta).encode())
 
     def check_bad(self, bad: Any, total: int) -> None:
         """Refuse more than ``max_bad`` bad images of ``total``, and a set with no good one."""
@@ -355,8 +354,3 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(
         file, {"descr": "|u1", "fortran_order": False, "shape": shape}
     )
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -32,6 +33,8 @@ from fastgan.files import sync_folder, write_synced
 from fastgan.nn.dcgan import DCGANGenerator
 from fastgan.nn.registry import build_model
 from fastgan.train.config import TrainConfig
+
+logger = logging.getLogger("fastgan")
 
 FORMAT = 1
 _NETWORKS = ("netG", "netD", "ema")
@@ -245,6 +248,7 @@ def load_generator(path: Path) -> nn.Module:
         try:
             return _generator_of(candidate)
         except InputError as error:
+            logger.warning("%s; looking for an earlier one", error)
             last = error
     raise last
 

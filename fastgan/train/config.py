@@ -123,10 +123,14 @@ class TrainConfig:
             except InputError as error:
                 raise InputError(f"--image-size: {error}") from None
 
+    def steps_per_epoch(self, n_images: int) -> int:
+        """Batches in a pass over ``n_images``; the last may be smaller."""
+        return math.ceil(n_images / self.batch_size)
+
     def total_steps(self, n_images: int) -> int:
         """The step at which the run ends, for a set of ``n_images``."""
         if self.epochs is not None:
-            return self.epochs * -(-n_images // self.batch_size)
+            return self.epochs * self.steps_per_epoch(n_images)
         return DEFAULT_STEPS if self.steps is None else self.steps
 
     def check_resume(self, stored: TrainConfig) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastgan.data.images import ImageSet
 from fastgan.data.loader import Loader
-from fastgan.engine.engine import Engine, StepStats, resolve_device, sample
+from fastgan.engine.engine import Engine, StepStats, resolve_device
 from fastgan.errors import InputError, RunError
 from fastgan.files import replace_file
 from fastgan.ops.backend import resolve_backend
@@ -233,7 +233,7 @@ class _Run:
                         f"D(G(z)) {values['d_fake']:.2f}"
                     )
                 if draw:
-                    grid = image_grid(self._sample(), 8)
+                    grid = image_grid(engine.sample(GRID, self.fixed_noise), 8)
                     write_png(self.folder.sample_path(step), grid)
                 if saved:
                     self._save()
@@ -242,9 +242,6 @@ class _Run:
                 self._read(window)
                 self._save()
         return self._result(interrupted=engine.steps < self.steps)
-
-    def _sample(self) -> torch.Tensor:
-        return sample(self.engine.ema_module or self.engine.netG, self.fixed_noise)
 
     def _save(self) -> None:
         try:

@@ -105,7 +105,8 @@ class RunFolder:
     def create(self, config: TrainConfig, skipped: Sequence[tuple[str, str]]) -> None:
         """Make the folder a run with this configuration, in place of the one that may be here.
 
-        The configuration comes last: it is what makes the folder a run.
+        The configuration is what makes the folder a run: it stays until the new one takes its
+        place, when all else of the old run is gone.
 
         Raises:
             OSError: the folder cannot be written.
