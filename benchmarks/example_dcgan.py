@@ -4,11 +4,13 @@ rule in ``fastgan/nn/dcgan.py`` (written out here a second time on purpose)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn, optim
 
 
-def weights_init(m: nn.Module) -> None:
+def weights_init(m: Any) -> None:
     classname = type(m).__name__
     if "Conv" in classname:
         nn.init.normal_(m.weight, 0.0, 0.02)

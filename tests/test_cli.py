@@ -8,10 +8,10 @@ import sys
 import zlib
 from pathlib import Path
 
-import example_dcgan as example
 import numpy as np
 import pytest
 import torch
+from fastgan.benchmarks import example_dcgan as example
 from PIL import Image
 from support.runs import fastgan, run_small
 
@@ -59,7 +59,7 @@ def test_a_wrong_flag_is_answered_without_torch():
 def test_help(capsys):
     code, out, _ = call(capsys, "-h")
     assert code == 0
-    for name in ("train", "sample", "dcgan", "doctor"):
+    for name in ("train", "sample", "dcgan", "bench", "doctor"):
         assert name in out
         with pytest.raises(SystemExit) as stopped:
             cli.main([name, "-h"])

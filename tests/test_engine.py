@@ -3,10 +3,10 @@
 import copy
 import logging
 
-import example_dcgan as example
 import numpy as np
 import pytest
 import torch
+from fastgan.benchmarks import example_dcgan as example
 from torch import nn
 
 from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, ImageSet, Loader

@@ -4,9 +4,9 @@ import copy
 import io
 from types import SimpleNamespace
 
-import example_dcgan as example
 import pytest
 import torch
+from fastgan.benchmarks import example_dcgan as example
 from torch import nn
 
 from fastgan import DCGANDiscriminator, DCGANGenerator, build_model, register_model

@@ -2,9 +2,9 @@
 
 import copy
 
-import example_dcgan as example
 import pytest
 import torch
+from fastgan.benchmarks import example_dcgan as example
 
 from fastgan import DCGANDiscriminator, DCGANGenerator, Engine
 

@@ -29,6 +29,7 @@ from fastgan.data.decode import Pixels, is_grey, to_pixels
 from fastgan.data.sources import Source, open_source
 from fastgan.errors import InputError
 from fastgan.files import sync_file, write_synced
+from fastgan.machine import cache_folder
 
 FORMAT = 1
 _PROBE = 64
@@ -113,7 +114,7 @@ def load_images(
         array is not None and array.shape[1:] == (image_size, image_size, nc)
     ):
         return build.in_memory()
-    root = Path(cache_dir) if cache_dir else default_cache()
+    root = Path(cache_dir) if cache_dir else cache_folder()
     settings = [FORMAT, opened.fingerprint, image_size, nc]
     entry = root / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     found = _read_entry(entry, opened.description)
@@ -341,13 +342,6 @@ def _sweep(root: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def default_cache() -> Path:
-    """``$FASTGAN_CACHE``, else ``fastgan`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if "FASTGAN_CACHE" in os.environ:
-        return Path(os.environ["FASTGAN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:

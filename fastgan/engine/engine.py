@@ -23,13 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.choices import Backend, Capture, DOutput, FusePasses, Loss, Precision
+from fastgan.engine.adam import Adam
 from fastgan.engine.d_output import DiscriminatorOutput
 from fastgan.engine.ema import ExponentialMovingAverage
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.nn.grouped import grouped_forward, grouping_obstacle
 from fastgan.nn.modes import evaluation_mode
 from fastgan.ops.augment import augment
-from fastgan.ops.backend import resolve_backend
+from fastgan.ops import tuning
+from fastgan.ops.backend import requested_backend, resolve_backend, use_backend
 from fastgan.ops.gan_loss import gan_loss
 from fastgan.seeding import generator
 
@@ -118,7 +120,10 @@ class Engine:
             on logits.
         precision: ``fp32``, which computes in the dtype that the parameters have.
         capture: whether the step is captured in a CUDA graph; ``auto`` and False run it eagerly.
-        backend: ``auto`` or ``reference``.
+        backend: ``auto``, ``reference``, or ``cpp`` on the CPU. ``auto`` takes for each op and shape
+            what measures fastest at the first step, and keeps to it: see
+            :mod:`fastgan.ops.tuning`. A backend that is named raises for tensors that it cannot
+            take, and leaves shapes for which it has no kernel to the reference.
         device: ``auto`` takes the accelerator that the parameters are on, else CUDA where there is
             one, else the CPU.
         seed: of the engine's own generators; the global ones are never used.
@@ -171,7 +176,7 @@ class Engine:
             raise InputError(f"ema={ema} must be at least 0 (none) and less than 1")
         self.loss = loss
         self.n_d = n_d
-        self.backend = resolve_backend(backend)
+        self.backend = requested_backend() if backend == "auto" else resolve_backend(backend)
         self.fuse_passes = fuse_passes
         self.device = resolve_device(device, netG)
         self.netG = _place(netG, self.device)
@@ -198,7 +203,8 @@ class Engine:
             return None
         draw = generator(0, "calibrate", device=self.device)
         noise = (self.draw_noise(64, draw) for _ in range(8))
-        self._ema.calibrate(noise)
+        with use_backend(self.backend):
+            self._ema.calibrate(noise)
         return self._ema.module
 
     def attach(self, loader: BatchSource) -> None:
@@ -237,13 +243,14 @@ class Engine:
         _refuse_labels(labels=labels, fake_labels=fake_labels)
         batches = self._batches(real)
         zs = [None] * self.n_d if noise is None else self._split("noise", noise)
-        for i, (batch, z) in enumerate(zip(batches, zs, strict=True)):
-            x = self._prepare(batch)
-            # Only the last fake batch goes on to update G.
-            with contextlib.nullcontext() if i == self.n_d - 1 else torch.no_grad():
-                fake = self._fake(len(x), z)
-            d_stats = self._update_d(x, fake.detach())
-        g_stats = self._update_g(fake)
+        with use_backend(self.backend):
+            for i, (batch, z) in enumerate(zip(batches, zs, strict=True)):
+                x = self._prepare(batch)
+                # Only the last fake batch goes on to update G.
+                with contextlib.nullcontext() if i == self.n_d - 1 else torch.no_grad():
+                    fake = self._fake(len(x), z)
+                d_stats = self._update_d(x, fake.detach())
+            g_stats = self._update_g(fake)
         self.steps += 1
         return StepStats(
             d_stats.loss_d, g_stats.loss_g, d_stats.d_real, d_stats.d_fake, g_stats.d_fake_g
@@ -258,10 +265,11 @@ class Engine:
     ) -> DStats:
         """One update of D on ``real [N, ...]`` and on as many fresh samples of G."""
         _refuse_labels(labels=labels, fake_labels=fake_labels)
-        x = self._prepare(real)
-        with torch.no_grad():
-            fake = self._fake(len(x), noise)
-        return self._update_d(x, fake)
+        with use_backend(self.backend):
+            x = self._prepare(real)
+            with torch.no_grad():
+                fake = self._fake(len(x), noise)
+            return self._update_d(x, fake)
 
     def g_step(
         self, n: int | None = None, noise: Tensor | None = None, fake_labels: Tensor | None = None
@@ -275,8 +283,9 @@ class Engine:
         count = len(noise) if noise is not None else int(n or 0)
         if count < 1:
             raise InputError(f"n={count} must be at least 1")
-        self._prepare_networks()
-        return self._update_g(self._fake(count, noise))
+        with use_backend(self.backend):
+            self._prepare_networks()
+            return self._update_g(self._fake(count, noise))
 
     @torch.no_grad()
     def sample(self, n: int, noise: Tensor | None = None, ema: bool = True) -> Tensor:
@@ -296,7 +305,8 @@ class Engine:
         if len(noise) != n:
             raise InputError(f"noise has {len(noise)} rows; n={n} samples need as many")
         averaged = self.ema_module if ema else None
-        return sample(averaged or self.netG, noise.to(self.device, self._dtype))
+        with use_backend(self.backend):
+            return sample(averaged or self.netG, noise.to(self.device, self._dtype))
 
     def draw_noise(self, n: int, generator: torch.Generator) -> Tensor:
         """Noise ``[n, ...]`` for ``netG`` from ``generator``, which is on the engine's device."""
@@ -321,6 +331,7 @@ class Engine:
             "sample_generator": self._sample_generator.get_state(),
             "device": self.device.type,
             "steps": self.steps,
+            "choices": tuning.snapshot(),
             "loader": self._loader.state_dict() if self._loader is not None else None,
         }
 
@@ -336,6 +347,8 @@ class Engine:
             if (mine is None) != (state[name] is None):
                 saved, has = ("without", "has one") if mine is not None else ("with", "has none")
                 raise InputError(f"state was saved {saved} {name}, this engine {has}")
+        # Another way to compute the same would round otherwise.
+        tuning.adopt(state["choices"])
         self.netG.load_state_dict(state["netG"])
         self.netD.load_state_dict(state["netD"])
         if self._ema:
@@ -390,7 +403,12 @@ class Engine:
         """Find out, once, what G makes and D returns; neither network nor generator is changed."""
         if self._image_shape is None:
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), evaluation_mode(self.netD):
+            # What D ends in is read off plain torch's graph.
+            with (
+                torch.random.fork_rng(devices),
+                evaluation_mode(self.netD),
+                use_backend("reference"),
+            ):
                 z = self.draw_noise(2, generator(0, "probe", device=self.device))
                 images = _probe("netG", functools.partial(sample, self.netG), "noise", z)
                 if images.ndim != 4 or len(images) != 2:
@@ -592,7 +610,7 @@ def _adam(
     # on the CPU nothing need be rounded.
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     rate = torch.tensor(lr, dtype=dtype, device=device)
-    return torch.optim.Adam(module.parameters(), lr=rate, betas=betas, fused=True, capturable=True)
+    return Adam(module.parameters(), lr=rate, betas=betas, fused=True, capturable=True)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ class DCGANGenerator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Images ``[N, nc, S, S]`` for noise ``z [N, nz, 1, 1]`` or ``[N, nz]``."""
-        return self.main(z if z.ndim == 4 else z[:, :, None, None])
+        return grouped_forward(self.main, z if z.ndim == 4 else z[:, :, None, None], 1)
 
 
 class DCGANDiscriminator(nn.Module):
@@ -130,7 +130,7 @@ class DCGANDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N]`` of images ``x [N, nc, S, S]``."""
-        return self.main(x).flatten()
+        return self.forward_grouped(x, 1)
 
     def forward_grouped(self, x: Tensor, groups: int) -> Tensor:
         """Logits ``[groups·n]``; see :func:`fastgan.nn.grouped.grouped_forward`."""

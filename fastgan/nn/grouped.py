@@ -1,9 +1,10 @@
-"""One forward pass over several batches laid one after another, as if each went through alone.
+"""One forward pass over one batch, or over several laid one after another as if each went alone.
 
 Only batch norm looks across the samples of a batch, so where every other leaf works on each sample
 by itself, ``groups`` passes are one pass whose batch norms keep the groups apart. A module that
 might look across samples in another way, or that changes with each call (spectral norm, dropout,
-hooks), is not grouped; :func:`grouping_obstacle` says why not.
+hooks), is not grouped; :func:`grouping_obstacle` says why not. Blocks of convolution, batch norm
+and activation in a plain ``Sequential`` run fused, with one batch as with several.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan.ops.bn_act import bn_act
+from fastgan.nn.blocks import Block, altered, run_batch_norm, run_block, split_blocks
 
 
 @runtime_checkable
@@ -41,24 +42,18 @@ _PER_SAMPLE = frozenset(
     }
 )
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_WHY_NOT = {
+    "has hooks": "has hooks, which would see both batches at once",
+    "is parametrized": "is parametrized, which may change with each pass",
+}
 
 
 def grouping_obstacle(module: nn.Module) -> str | None:
     """Why :func:`grouped_forward` may not be used on ``module``; None where it may."""
     for name, part in module.named_modules():
         where = f"{name or 'the module itself'} ({type(part).__name__})"
-        if any(getattr(part, hooks) for hooks in _HOOKS):
-            return f"{where} has hooks, which would see both batches at once"
-        if parametrize.is_parametrized(part):
-            return f"{where} is parametrized, which may change with each pass"
-        if "forward" in vars(part):
-            return f"{where} has its forward replaced"
+        if change := altered(part):
+            return f"{where} {_WHY_NOT.get(change, change)}"
         if type(part) in _PER_SAMPLE or type(part) in _BATCH_NORMS or _walks_children(part):
             continue
         if isinstance(part, parametrize.ParametrizationList):
@@ -73,7 +68,7 @@ def grouped_forward(module: nn.Module, x: Tensor, groups: int) -> Tensor:
     Args:
         module: one for which :func:`grouping_obstacle` is None.
         x: ``[groups·n, ...]``.
-        groups: how many batches; 1 is an ordinary call.
+        groups: how many batches.
 
     Returns:
         ``[groups·n, ...]``.
@@ -82,16 +77,17 @@ def grouped_forward(module: nn.Module, x: Tensor, groups: int) -> Tensor:
 
         torch.cat([module(part) for part in x.chunk(groups)])
     """
-    if groups == 1:
-        return module(x)
-    if isinstance(module, _Grouped):
+    if groups > 1 and isinstance(module, _Grouped):
         return module.forward_grouped(x, groups)
-    if isinstance(module, nn.Sequential):
-        for child in module:
-            x = grouped_forward(child, x, groups)
+    if type(module) is nn.Sequential and not altered(module):
+        for part in split_blocks(list(module)):
+            if isinstance(part, Block):
+                x = run_block(part, x, groups)
+            else:
+                x = grouped_forward(part, x, groups)
         return x
-    if isinstance(module, _BATCH_NORMS):
-        return _grouped_batch_norm(module, x, groups)
+    if groups > 1 and isinstance(module, _BATCH_NORMS):
+        return run_batch_norm(module, x, groups)
     return module(x)
 
 
@@ -104,26 +100,3 @@ def _walks_children(module: nn.Module) -> bool:
         if "forward" in vars(cls) or "forward_grouped" in vars(cls):
             return "forward" in vars(cls) and "forward_grouped" in vars(cls)
     return False
-
-
-def _grouped_batch_norm(
-    bn: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor, groups: int
-) -> Tensor:
-    if not bn.training:
-        return bn(x) if bn.running_mean is not None else torch.cat([bn(p) for p in x.chunk(groups)])
-    tracks = bn.track_running_stats
-    if tracks and bn.num_batches_tracked is not None:
-        if bn.momentum is None:
-            # A cumulative average weighs each batch differently; the module keeps that count.
-            return torch.cat([bn(part) for part in x.chunk(groups)])
-        bn.num_batches_tracked.add_(groups)
-    return bn_act(
-        x,
-        bn.weight,
-        bn.bias,
-        bn.running_mean if tracks else None,
-        bn.running_var if tracks else None,
-        momentum=0.0 if bn.momentum is None else bn.momentum,
-        eps=bn.eps,
-        groups=groups,
-    )

@@ -1,41 +1,84 @@
 """Which implementation runs an op.
 
-Only ``reference`` (plain torch, any device) is built in this version; the names of the others are
-known so that asking for one is answered with the reason and not with "unknown".
+``reference`` is plain torch on any device; ``cpp`` the C++ kernels for the CPU. The names of the
+others are known, so that asking for one is answered with the reason and not with "unknown".
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import get_args
+
+import torch
+from torch import Tensor
 
 from fastgan.choices import Backend
 from fastgan.errors import InputError, NotBuiltError
+from fastgan.ops import cpp
+
+logger = logging.getLogger("fastgan")
 
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
-
+# In the order in which `auto` tries them.
+_PREFERRED = ("cpp", "reference")
 _NOT_BUILT = {
-    "cpp": "the C++ CPU kernels are not part of this version",
     "triton": "the Triton kernels are not part of this version",
     "cuda": "the CUDA C++ kernels are not part of this version",
 }
 
+_current: ContextVar[str] = ContextVar("fastgan_backend", default="auto")
 
-def unsupported_reasons(backend: str) -> list[str]:
-    """Why ``backend`` cannot run here; an empty list means that it can.
+
+def machine_reasons(backend: str) -> list[str]:
+    """Why ``backend`` cannot run on this machine at all; an empty list means that it can.
 
     Raises:
         InputError: ``backend`` is not one of ``BACKENDS``.
     """
     if backend not in BACKENDS:
         raise InputError(f"backend: unknown {backend!r}; choose auto, {', '.join(BACKENDS)}")
+    if backend == "cpp":
+        return cpp.missing_reasons()
     return [_NOT_BUILT[backend]] if backend in _NOT_BUILT else []
 
 
-def resolve_backend(requested: str = "auto") -> str:
-    """The backend to use for ``requested``; ``auto`` takes the first that runs here.
+def unsupported_reasons(op: str, backend: str, *tensors: Tensor | None) -> list[str]:
+    """Why ``backend`` cannot run ``op`` on ``tensors``; an empty list means that it can.
 
-    ``auto`` yields to the environment variable ``FASTGAN_BACKEND`` where that is set.
+    Args:
+        op: ``conv``, ``bn_act``, ``gan_loss`` or ``augment``.
+        backend: one of ``BACKENDS``.
+        tensors: the arguments, as far as there are any.
+
+    Raises:
+        InputError: ``backend`` is not one of ``BACKENDS``.
+    """
+    reasons = machine_reasons(backend)
+    if reasons or backend == "reference":
+        return reasons
+    if op not in cpp.OPS:
+        return [f"{op} has no C++ kernel; torch's is used"]
+    given = [tensor for tensor in tensors if tensor is not None]
+    devices = {tensor.device.type for tensor in given} - {"cpu"}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in given} - {"float32"}
+    if devices:
+        reasons.append(f"a tensor is on {', '.join(sorted(devices))}, the kernels run on the CPU")
+    if dtypes:
+        reasons.append(f"a tensor is {', '.join(sorted(dtypes))}, the kernels are float32")
+    if any(tensor.numel() == 0 for tensor in given):
+        reasons.append("a tensor is empty")
+    return reasons
+
+
+def resolve_backend(requested: str = "auto") -> str:
+    """``requested``, or what takes the place of ``auto``, once it is known to run here.
+
+    ``auto`` yields to the environment variable ``FASTGAN_BACKEND`` where that is set; else it
+    stays, and takes for each op and shape what measures fastest.
 
     Raises:
         InputError: the name is unknown.
@@ -44,8 +87,60 @@ def resolve_backend(requested: str = "auto") -> str:
     if requested == "auto":
         requested = os.environ.get("FASTGAN_BACKEND") or "auto"
     if requested == "auto":
-        return next(name for name in BACKENDS if not unsupported_reasons(name))
-    reasons = unsupported_reasons(requested)
+        return requested
+    reasons = machine_reasons(requested)
     if reasons:
         raise NotBuiltError(f"backend={requested!r}: {'; '.join(reasons)}; use 'reference'")
     return requested
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within this context the ops run on ``backend``, ``auto`` or one of ``BACKENDS``.
+
+    Raises:
+        InputError: the name is unknown.
+        NotBuiltError: it cannot run here; the message says why.
+    """
+    token = _current.set(resolve_backend(backend))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def requested_backend() -> str:
+    """What the innermost :func:`use_backend` or ``FASTGAN_BACKEND`` asks for, or ``auto``."""
+    current = _current.get()
+    return resolve_backend("auto") if current == "auto" else current
+
+
+def select_backend(op: str, *tensors: Tensor | None) -> str:
+    """The backend that runs ``op`` on ``tensors``: ``reference`` or ``cpp``.
+
+    Raises:
+        NotBuiltError: a backend was asked for by name that cannot; the message says why.
+    """
+    requested = requested_backend()
+    if requested == "reference":
+        return requested
+    if torch.is_autocast_enabled("cpu"):
+        # Autocast is torch's own choice of dtypes for torch's own ops.
+        return "reference"
+    if requested == "auto":
+        return next(name for name in _PREFERRED if not unsupported_reasons(op, name, *tensors))
+    reasons = unsupported_reasons(op, requested, *tensors)
+    if reasons:
+        raise NotBuiltError(f"backend={requested!r}: {op}: {'; '.join(reasons)}; use 'auto'")
+    return requested
+
+
+_said: set[str] = set()
+
+
+def say_left_to_reference(what: str) -> None:
+    """Log, once for each ``what``, that the backend asked for has no kernel for it."""
+    if torch.compiler.is_compiling() or what in _said:
+        return
+    _said.add(what)
+    logger.warning("backend=%r has no kernel for %s: torch's is used", requested_backend(), what)

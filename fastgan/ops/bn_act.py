@@ -12,20 +12,16 @@ order, by ``momentum`` and with the unbiased variance, as that many separate cal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import InputError
-
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": lambda y, slope: y,
-    "relu": lambda y, slope: F.relu(y),
-    "leaky_relu": lambda y, slope: F.leaky_relu(y, slope),
-    "tanh": lambda y, slope: torch.tanh(y),
-}
+from fastgan.ops import cpp
+from fastgan.ops.activation import ACTIVATIONS
+from fastgan.ops.backend import select_backend
 
 
 def bn_act_reference(
@@ -50,6 +46,161 @@ def bn_act_reference(
     return ACTIVATIONS[activation](y, negative_slope)
 
 
+@torch.library.custom_op("fastgan::bn_act_forward", mutates_args=())
+def bn_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: Tensor | None,
+    training: bool,
+    eps: float,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The formula above, without the update of the running statistics.
+
+    Args:
+        stats: ``[tiles, 3, C]`` as of :func:`fastgan.ops.conv.conv_forward`, where the kernel that
+            made ``x`` has summed it already.
+
+    Returns:
+        ``y``, and ``mean``, ``invstd``, biased ``var``, each ``[groups, C]``, or ``[1, C]`` and
+        the running ones in evaluation.
+    """
+    x, weight, bias = cpp.dense(x), _contiguous(weight), _contiguous(bias)
+    n, c, h, w = x.shape
+    k, threads = cpp.kernels(), torch.get_num_threads()
+    groups = groups if training else 1
+    shape = k.BatchNormShape(groups, n // groups * h * w, c)
+    mean, var = cpp.empty(groups, c), cpp.empty(groups, c)
+    if training:
+        if stats is None or len(stats) == 0:
+            stats = cpp.empty(groups * k.bn_tiles(shape), 3, c)
+            k.bn_stats(shape, k.bn_tile_rows(shape), 1, x.data_ptr(), stats.data_ptr(), threads)
+        k.bn_merge(
+            groups, len(stats) // groups, c, stats.data_ptr(), mean.data_ptr(), var.data_ptr()
+        )
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean[0], var[0] = running_mean, running_var
+    invstd = (var + eps).rsqrt_()
+    y = cpp.empty_images(n, c, h, w)
+    k.bn_apply(
+        shape,
+        x.data_ptr(),
+        mean.data_ptr(),
+        invstd.data_ptr(),
+        cpp.address(weight),
+        cpp.address(bias),
+        cpp.ACTIVATION_CODES[activation],
+        negative_slope,
+        y.data_ptr(),
+        threads,
+    )
+    return y, mean, invstd, var
+
+
+@bn_act_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: Tensor | None,
+    training: bool,
+    eps: float,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    mean, invstd, var = (x.new_empty(groups if training else 1, c) for _ in range(3))
+    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2), mean, invstd, var
+
+
+@torch.library.custom_op("fastgan::bn_act_backward", mutates_args=())
+def bn_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx``, ``dweight``, ``dbias`` from what :func:`bn_act_forward` took and returned."""
+    dy, x, weight, bias = cpp.dense(dy), cpp.dense(x), _contiguous(weight), _contiguous(bias)
+    n, c, h, w = x.shape
+    groups = len(mean)
+    dx, dweight, dbias = cpp.empty_images(n, c, h, w), cpp.empty(c), cpp.empty(c)
+    k = cpp.kernels()
+    k.bn_backward(
+        k.BatchNormShape(groups, n // groups * h * w, c),
+        dy.data_ptr(),
+        x.data_ptr(),
+        mean.data_ptr(),
+        invstd.data_ptr(),
+        cpp.address(weight),
+        cpp.address(bias),
+        cpp.ACTIVATION_CODES[activation],
+        negative_slope,
+        training,
+        dx.data_ptr(),
+        dweight.data_ptr(),
+        dbias.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dx, dweight, dbias
+
+
+@bn_act_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2), x.new_empty(c), x.new_empty(c)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, _, _, training, _, _, activation, negative_slope = inputs
+    _, mean, invstd, _ = output
+    ctx.save_for_backward(x, mean, invstd, weight, bias)
+    ctx.arguments = training, activation, negative_slope
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, mean, invstd, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = bn_act_backward(dy, x, mean, invstd, weight, bias, *ctx.arguments)
+    return (
+        dx,
+        dweight if weight is not None else None,
+        dbias if bias is not None else None,
+        *([None] * 8),
+    )
+
+
+bn_act_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def bn_act(
     x: Tensor,
     weight: Tensor | None = None,
@@ -63,6 +214,7 @@ def bn_act(
     groups: int = 1,
     activation: str = "none",
     negative_slope: float = 0.2,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """Batch norm over ``groups`` equal parts of the batch, then an activation.
 
@@ -78,12 +230,16 @@ def bn_act(
         groups: how many equal parts ``x`` has along its first dimension.
         activation: ``none``, ``relu``, ``leaky_relu`` or ``tanh``.
         negative_slope: of ``leaky_relu``.
+        stats: what :func:`fastgan.ops.conv.conv_forward` has summed of ``x``; only the C++ kernels
+            use it.
 
     Returns:
-        ``y``, shaped and laid out as ``x``.
+        ``y``, shaped as ``x``; laid out as ``x`` too by the reference, in ``torch.channels_last``
+        by the C++ kernels.
 
     Raises:
         InputError: ``groups`` does not divide the batch, or ``activation`` is unknown.
+        NotBuiltError: a backend was asked for by name that cannot take these tensors.
 
     Equivalent to::
 
@@ -94,16 +250,44 @@ def bn_act(
         raise InputError(f"groups={groups} does not divide the batch of {x.shape[0]}")
     if activation not in ACTIVATIONS:
         raise InputError(f"activation={activation!r}: choose from {', '.join(ACTIVATIONS)}")
-    return bn_act_reference(
+    # torch refuses statistics of a single value, and takes other ranks and negative slopes.
+    native = (
+        x.ndim == 4
+        and (not training or x.numel() > groups * x.shape[1])
+        and negative_slope >= 0.0
+        and select_backend("bn_act", x, weight, bias, running_mean, running_var) != "reference"
+    )
+    if not native:
+        return bn_act_reference(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            groups,
+            activation,
+            negative_slope,
+        )
+    y, mean, _, var = bn_act_forward(
         x,
         weight,
         bias,
         running_mean,
         running_var,
+        stats,
         training,
-        momentum,
         eps,
         groups,
         activation,
         negative_slope,
     )
+    if training and running_mean is not None and running_var is not None:
+        rows = x.numel() // (groups * x.shape[1])
+        with torch.no_grad():
+            for g in range(groups):
+                running_mean.mul_(1.0 - momentum).add_(mean[g], alpha=momentum)
+                running_var.mul_(1.0 - momentum).add_(var[g], alpha=momentum * rows / (rows - 1))
+    return y

@@ -13,12 +13,15 @@ the form that neither overflows nor loses the small values. A generator that min
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import InputError, NotBuiltError
+from fastgan.ops import cpp
+from fastgan.ops.backend import select_backend
 
 
 def gan_loss_reference(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -28,6 +31,43 @@ def gan_loss_reference(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor
         losses.append(F.binary_cross_entropy_with_logits(part, torch.full_like(part, target)))
         means.append(part.detach().sigmoid().mean())
     return torch.stack(losses), torch.stack(means)
+
+
+@torch.library.custom_op("fastgan::gan_loss_forward", mutates_args=())
+def gan_loss_forward(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """``loss [groups]``, ``d [groups]``, and ``d loss_g / d logit``, shaped as ``logits``."""
+    logits = logits.contiguous()
+    groups = len(targets)
+    loss, d, dlogits = cpp.empty(groups), cpp.empty(groups), cpp.empty(*logits.shape)
+    target = torch.tensor(targets, dtype=torch.float32)
+    cpp.kernels().bce_forward(
+        groups,
+        logits.numel() // groups,
+        logits.data_ptr(),
+        target.data_ptr(),
+        loss.data_ptr(),
+        d.data_ptr(),
+        dlogits.data_ptr(),
+    )
+    return loss, d, dlogits
+
+
+@gan_loss_forward.register_fake
+def _(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    groups = len(targets)
+    return logits.new_empty(groups), logits.new_empty(groups), logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
+    (dlogits,) = ctx.saved_tensors
+    return (dlogits.view(len(dloss), -1) * dloss[:, None]).view(dlogits.shape), None
+
+
+gan_loss_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def gan_loss(
@@ -46,7 +86,8 @@ def gan_loss(
 
     Raises:
         InputError: the number of targets does not divide the batch, or a target is out of range.
-        NotBuiltError: ``kind`` is a loss that this version does not have.
+        NotBuiltError: ``kind`` is a loss that this version does not have, or a backend was asked
+            for by name that cannot take these logits.
 
     Equivalent to::
 
@@ -63,7 +104,10 @@ def gan_loss(
     for target in targets:
         if not 0.0 <= target <= 1.0:
             raise InputError(f"targets: {target} is not in [0, 1]")
-    return gan_loss_reference(logits, targets)
+    if select_backend("gan_loss", logits) == "reference":
+        return gan_loss_reference(logits, targets)
+    loss, d, _ = gan_loss_forward(logits, list(targets))
+    return loss, d.detach()
 
 
 def bce_loss(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor, Tensor]:

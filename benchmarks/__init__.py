@@ -1,0 +1,1 @@
+"""Benchmarks; installed as ``fastgan.benchmarks``. ``fastgan bench`` runs that of the engine."""

@@ -1,0 +1,101 @@
+"""What is measured: the cells, the variants, and the work that a step counts as.
+
+Free of torch, so that wrong arguments are refused at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import get_args
+
+from fastgan.choices import Backend
+from fastgan.errors import InputError
+from fastgan.nn.sizes import split_size
+
+NZ = 100
+
+OTHERS = ("example", "example channels_last", "compile", "compile channels_last")
+VARIANTS = (
+    *OTHERS,
+    *(f"fastgan {backend}" for backend in get_args(Backend) if backend != "auto"),
+    "fastgan auto",
+)
+
+COUNT = (
+    "direct convolutions of the example's step, 2 FLOP a multiply-add, the same count for every "
+    "variant: G once and D three times forward, weight gradient, input gradient (not that of z, "
+    "and that of the images only in G's update)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One workload: DCGAN networks, and a batch.
+
+    Attributes:
+        image_size: side of the images.
+        nc: their channels.
+        batch_size: images in one step.
+        ngf, ndf: channels of the generator's last, the discriminator's first hidden layer.
+    """
+
+    image_size: int = 64
+    nc: int = 3
+    batch_size: int = 64
+    ngf: int = 64
+    ndf: int = 64
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            InputError: names the flag, its value and what it takes.
+        """
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        try:
+            split_size(self.image_size)
+        except InputError as error:
+            raise InputError(f"--image-size: {error}") from None
+
+    def step_gflop(self) -> float:
+        """GFLOP of one step, counted as :data:`COUNT` says."""
+        g, d = self._convolutions(self.ngf, NZ), self._convolutions(self.ndf, 1)
+        generator = 3 * sum(g) - g[0]
+        discriminator = 9 * sum(d) - 2 * d[-1]
+        return self.batch_size * (generator + discriminator) / 1e9
+
+    def _convolutions(self, width: int, inner: int) -> list[int]:
+        """FLOP an image of one pass through each convolution, from the innermost to the image.
+
+        A strided convolution and its transpose do the same work: every tap, once for each pixel on
+        the low-resolution side.
+        """
+        s0, k = split_size(self.image_size)
+        channels = [*(width << i for i in reversed(range(k))), self.nc]
+        return [
+            2 * s0**2 * inner * channels[0],
+            *(
+                2 * (s0 << i) ** 2 * 4**2 * low * high
+                for i, (low, high) in enumerate(itertools.pairwise(channels))
+            ),
+        ]
+
+    def __str__(self) -> str:
+        text = f"{self.image_size}x{self.image_size}x{self.nc}, batch {self.batch_size}"
+        if (self.ngf, self.ndf) != (Cell.ngf, Cell.ndf):
+            text += f", ngf {self.ngf}, ndf {self.ndf}"
+        return text
+
+
+def default_cells(ngf: int, ndf: int) -> list[Cell]:
+    """The two cells that stand for the rest."""
+    return [Cell(64, 3, 64, ngf, ndf), Cell(28, 1, 128, ngf, ndf)]
+
+
+def full_grid(ngf: int, ndf: int) -> list[Cell]:
+    """Every size, batch and number of channels."""
+    grid = itertools.product((28, 32, 64, 128), (1, 3), (16, 64, 128))
+    return [Cell(size, nc, batch, ngf, ndf) for size, nc, batch in grid]

@@ -1,0 +1,602 @@
+// 4x4 stride-2 pad-1 convolutions by Winograd's minimal filtering, in all three directions.
+//
+// A tile is m x m pixels of the low side and the (m+1) x (m+1) coefficients of each of the four
+// parities of the high side that they touch. In the transform domain, at each of P = (m+1)^2 points
+// p, with q the parity and everything blocked by 16 channels:
+//
+//     dgrad: M[p][q] = V[p] · U[p][q]           V = low(L)    H = high_adjoint(M)
+//     fprop: V[p] = sum over q of M[p][q] · U[p][q]'   M = high(H)   L = low_adjoint(V)
+//     wgrad: dU[p][q] = V[p]' · M[p][q]         dW = weight_adjoint(dU)
+//
+// The batch is cut into subs of whole images; a sub is a tile of the statistics as well. One chunk
+// of subs at a time is transformed into scratch (which the last-level cache holds), and then worked
+// off in items, each of a few channel blocks of one sub, whose products stay in the core's own
+// cache until they are transformed back.
+#include <omp.h>
+
+#include "activation.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "layout.h"
+#include "winograd.h"
+
+namespace fastgan::FASTGAN_ISA::winograd {
+
+// Bytes of transformed tensors that a chunk may take, of products that an item may take.
+constexpr size_t kChunkBytes = 12 << 20;
+// Lines of weights, of 16 channels each, that an item transforms at a time.
+constexpr int kWeightLines = 64;
+// Blocks of low channels in an item of wgrad, which has one block of high channels.
+constexpr int kWgradBlocks = 2;
+// Floats of a column block of an item's own weights.
+constexpr size_t kOwnBlock = size_t(kWeightLines) * kBlock;
+
+struct Sub {
+  int index, image, images;
+};
+
+// Floats from one plane of `lines` cache lines to the next: an odd number of lines, so that the
+// planes a transform writes side by side do not fall into the same cache sets.
+constexpr size_t plane(size_t lines) { return (lines | 1) * kBlock; }
+
+template <int m>
+struct Plan {
+  static constexpr int n1 = m + 1, points = n1 * n1;
+  ConvShape s;
+  int tiles_y, tiles_x, tiles, cl_blocks, ch_blocks;
+  int images_per_sub, subs_per_group, groups;
+  int subs, subs_per_chunk, max_tiles;  // tiles in a chunk
+  size_t line_block;                    // floats of a channel block's lines in V and M
+  // Of the scratch: what all threads share, and each one's products and weights of an item.
+  size_t zero_floats, v_floats, m_floats, packed_floats, u_floats, product_floats, weight_floats;
+
+  Plan(ConvShape shape, int groups_) : s(shape), groups(groups_) {
+    tiles_y = ceil_div(s.h, m);
+    tiles_x = ceil_div(s.w, m);
+    tiles = tiles_y * tiles_x;
+    cl_blocks = ceil_div(s.cl, kBlock);
+    ch_blocks = ceil_div(s.ch, kBlock);
+    images_per_sub = conv_images_per_stats_tile(s, groups);
+    subs_per_group = ceil_div(s.n / groups, images_per_sub);
+    subs = subs_per_group * groups;
+    const size_t tile_bytes = sizeof(float) * kBlock * points * (cl_blocks + 4 * ch_blocks);
+    const size_t sub_bytes = tile_bytes * tiles * images_per_sub;
+    subs_per_chunk = std::clamp<int>(kChunkBytes / sub_bytes, 1, subs);
+    max_tiles = tiles * images_per_sub * subs_per_chunk;
+    line_block = plane(max_tiles);
+    v_floats = points * line_block * cl_blocks;
+    m_floats = points * line_block * ch_blocks * 4;
+    packed_floats = size_t(16) * cl_blocks * ch_blocks * kBlock * kBlock;
+    u_floats = reuses_weights() ? points * (4 * packed_floats / 16 + kBlock) : 0;
+    zero_floats = size_t(std::max(cl_blocks, ch_blocks)) * kBlock;
+    product_floats = points * plane(std::max(kNB * tiles * images_per_sub,
+                                             4 * kWgradBlocks * kBlock));
+    weight_floats = reuses_weights() ? 0 : points * plane(kNB * kWeightLines);
+  }
+  // Where many subs use the same transformed weights they are worth keeping; where there are few,
+  // each item transforms what it needs, and nothing leaves its cache.
+  bool reuses_weights() const { return subs >= 4; }
+  size_t scratch_floats(int threads) const {
+    return zero_floats + v_floats + m_floats + packed_floats + u_floats +
+           threads * (product_floats + weight_floats);
+  }
+
+  Sub sub(int i) const {
+    const int group = i / subs_per_group, j = i % subs_per_group;
+    const int images = s.n / groups;
+    return {i, group * images + j * images_per_sub,
+            std::min(images_per_sub, images - j * images_per_sub)};
+  }
+};
+
+// Pixel addresses around a tile; those outside the image point at zeros.
+template <int m>
+struct LowWindow {
+  const float* pixel[m][m];
+  LowWindow(const ConvShape& s, const float* low, const float* zeros, int image, int ty, int tx) {
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < m; ++j) {
+        const int y = ty * m + i, x = tx * m + j;
+        pixel[i][j] =
+            y < s.h && x < s.w ? low + ((size_t(image) * s.h + y) * s.w + x) * s.cl : zeros;
+      }
+  }
+};
+
+template <int m>
+struct HighWindow {
+  static constexpr int side = 2 * (m + 1);
+  const float* pixel[side][side];
+  HighWindow(const ConvShape& s, const float* high, const float* zeros, int image, int ty, int tx) {
+    for (int i = 0; i < side; ++i)
+      for (int j = 0; j < side; ++j) {
+        const int y = 2 * m * ty - 1 + i, x = 2 * m * tx - 1 + j;
+        const bool inside = y >= 0 && y < 2 * s.h && x >= 0 && x < 2 * s.w;
+        pixel[i][j] =
+            inside ? high + ((size_t(image) * 2 * s.h + y) * 2 * s.w + x) * s.ch : zeros;
+      }
+  }
+};
+
+// V[p][cl block][tile] of one tile, all channels.
+template <int m>
+void transform_low(const Plan<m>& plan, const LowWindow<m>& window, int tile, float* V) {
+  using T = Transform<m>;
+  constexpr int n1 = m + 1;
+  const size_t point = plan.line_block * plan.cl_blocks;
+  for (int c = 0; c < plan.cl_blocks * kBlock; c += kVec) {
+    const int left = plan.s.cl - c;
+    Vec rows[n1][m];
+    for (int j = 0; j < m; ++j) {
+      Vec x[m], v[n1];
+      for (int i = 0; i < m; ++i) x[i] = load_first(window.pixel[i][j] + c, left);
+      T::low(x, v);
+      for (int i = 0; i < n1; ++i) rows[i][j] = v[i];
+    }
+    float* out = V + (c / kBlock) * plan.line_block + size_t(tile) * kBlock + c % kBlock;
+    for (int i = 0; i < n1; ++i) {
+      Vec v[n1];
+      T::low(rows[i], v);
+      for (int j = 0; j < n1; ++j) store(out + (i * n1 + j) * point, v[j]);
+    }
+  }
+}
+
+// M[p][ch block][q][tile] of one tile, all channels.
+template <int m>
+void transform_high(const Plan<m>& plan, const HighWindow<m>& window, int tile, float* M) {
+  using T = Transform<m>;
+  constexpr int n1 = m + 1;
+  const size_t point = plan.line_block * plan.ch_blocks * 4;
+  for (int c = 0; c < plan.ch_blocks * kBlock; c += kVec) {
+    const int left = plan.s.ch - c;
+    for (int r = 0; r < 2; ++r)
+      for (int q = 0; q < 2; ++q) {
+        // Even rows are the window's odd ones, which begins a pixel before the tile.
+        Vec rows[n1][n1];
+        for (int j = 0; j < n1; ++j) {
+          Vec x[n1], v[n1];
+          for (int i = 0; i < n1; ++i)
+            x[i] = load_first(window.pixel[2 * i + 1 - r][2 * j + 1 - q] + c, left);
+          T::high(x, v);
+          for (int i = 0; i < n1; ++i) rows[i][j] = v[i];
+        }
+        float* out = M + ((c / kBlock) * 4 + r * 2 + q) * plan.line_block +
+                     size_t(tile) * kBlock + c % kBlock;
+        for (int i = 0; i < n1; ++i) {
+          Vec v[n1];
+          T::high(rows[i], v);
+          for (int j = 0; j < n1; ++j) store(out + (i * n1 + j) * point, v[j]);
+        }
+      }
+  }
+}
+
+template <int m>
+void transform_chunk_low(const Plan<m>& plan, int first, int last, const float* low,
+                         const float* zeros, float* V) {
+  const int image0 = plan.sub(first).image;
+  const Sub end = plan.sub(last - 1);
+  const int total = (end.image + end.images - image0) * plan.tiles;
+#pragma omp for schedule(dynamic, 4)
+  for (int t = 0; t < total; ++t) {
+    const int tile = t % plan.tiles;
+    transform_low<m>(plan,
+                     LowWindow<m>(plan.s, low, zeros, image0 + t / plan.tiles,
+                                  tile / plan.tiles_x, tile % plan.tiles_x),
+                     t, V);
+  }
+}
+
+template <int m>
+void transform_chunk_high(const Plan<m>& plan, int first, int last, const float* high,
+                          const float* zeros, float* M) {
+  const int image0 = plan.sub(first).image;
+  const Sub end = plan.sub(last - 1);
+  const int total = (end.image + end.images - image0) * plan.tiles;
+#pragma omp for schedule(dynamic, 4)
+  for (int t = 0; t < total; ++t) {
+    const int tile = t % plan.tiles;
+    transform_high<m>(plan,
+                      HighWindow<m>(plan.s, high, zeros, image0 + t / plan.tiles,
+                                    tile / plan.tiles_x, tile % plan.tiles_x),
+                      t, M);
+  }
+}
+
+// The tap of parity r that multiplies x[o - i], i = 0 or 1: see winograd.h.
+constexpr int tap(int r, int i) { return (r == 0 ? 1 : 0) + 2 * i; }
+
+// U of one line of 16 channels from its taps at taps[kh * 4 + kw] for parity (r, q), to
+// out[p * point].
+template <int m>
+FASTGAN_INLINE void transform_weight(const float* taps, size_t tap_stride, int r, int q, float* out,
+                                     size_t point) {
+  using T = Transform<m>;
+  constexpr int n1 = m + 1;
+  for (int c = 0; c < kBlock; c += kVec) {
+    Vec columns[2][n1];
+    for (int j = 0; j < 2; ++j)
+      T::weight(load(taps + (tap(r, 0) * 4 + tap(q, j)) * tap_stride + c),
+                load(taps + (tap(r, 1) * 4 + tap(q, j)) * tap_stride + c), columns[j]);
+    for (int i = 0; i < n1; ++i) {
+      Vec u[n1];
+      T::weight(columns[0][i], columns[1][i], u);
+      for (int j = 0; j < n1; ++j) store(out + (i * n1 + j) * point + c, u[j]);
+    }
+  }
+}
+
+// Weights for a sum over the high channels: lines [4 · 16] of (q, ch) for each ch block in turn.
+template <int m>
+void weights_over_high(const Plan<m>& plan, const float* packed, int cl_block, int ch_block,
+                       float* U, size_t point) {
+  const size_t tap_stride = plan.packed_floats / 16;
+  const float* lines =
+      packed + (size_t(cl_block) * plan.ch_blocks + ch_block) * kBlock * kBlock;
+  for (int q = 0; q < 4; ++q)
+    for (int i = 0; i < kBlock; ++i)
+      transform_weight<m>(lines + i * kBlock, tap_stride, q / 2, q % 2,
+                          U + (q * kBlock + i) * kBlock, point);
+}
+
+// Weights for a sum over the low channels: 16 lines of cl for parity q and one ch block.
+template <int m>
+void weights_over_low(const Plan<m>& plan, const float* packed, int ch_block, int q, int cl_block,
+                      float* U, size_t point) {
+  const size_t tap_stride = plan.packed_floats / 16;
+  const float* lines =
+      packed + (size_t(ch_block) * plan.cl_blocks + cl_block) * kBlock * kBlock;
+  for (int i = 0; i < kBlock; ++i)
+    transform_weight<m>(lines + i * kBlock, tap_stride, q / 2, q % 2, U + i * kBlock, point);
+}
+
+// L of one sub and one block of low channels from V at C[p][tile].
+template <int m>
+void finish_low(const Plan<m>& plan, const Sub& sub, int cl_block, const float* C, size_t point,
+                float* low, const ConvEpilogue& epilogue) {
+  using T = Transform<m>;
+  constexpr int n1 = m + 1;
+  const ConvShape& s = plan.s;
+  for (int c = cl_block * kBlock; c < std::min((cl_block + 1) * kBlock, s.cl); c += kVec) {
+    const int left = s.cl - c;
+    const Vec bias = epilogue.bias ? load_first(epilogue.bias + c, left) : Vec{};
+    ChannelStats stats;
+    for (int t = 0; t < sub.images * plan.tiles; ++t) {
+      const float* in = C + size_t(t) * kBlock + c % kBlock;
+      Vec rows[m][n1];
+      for (int j = 0; j < n1; ++j) {
+        Vec v[n1], x[m];
+        for (int i = 0; i < n1; ++i) v[i] = load(in + (i * n1 + j) * point);
+        T::low_adjoint(v, x);
+        for (int i = 0; i < m; ++i) rows[i][j] = x[i];
+      }
+      const int tile = t % plan.tiles;
+      const int y0 = tile / plan.tiles_x * m, x0 = tile % plan.tiles_x * m;
+      for (int i = 0; i < m && y0 + i < s.h; ++i) {
+        Vec x[m];
+        T::low_adjoint(rows[i], x);
+        float* out =
+            low + ((size_t(sub.image + t / plan.tiles) * s.h + y0 + i) * s.w + x0) * s.cl + c;
+        for (int j = 0; j < m && x0 + j < s.w; ++j) {
+          const Vec y = activate(epilogue.activation, x[j] + bias, epilogue.negative_slope);
+          if (epilogue.stats) stats.add(y);
+          store_first(out + size_t(j) * s.cl, y, left);
+        }
+      }
+    }
+    if (epilogue.stats)
+      stats.write(epilogue.stats + size_t(sub.index) * 3 * s.cl + c, s.cl, left);
+  }
+}
+
+// H's parity (r, q) of one sub and one block of high channels from M at C[p][tile].
+template <int m, int r, int q>
+void finish_high(const Plan<m>& plan, const Sub& sub, int ch_block, const float* C, size_t point,
+                 float* high, const ConvEpilogue& epilogue) {
+  using T = Transform<m>;
+  constexpr int n1 = m + 1;
+  const ConvShape& s = plan.s;
+  for (int c = ch_block * kBlock; c < std::min((ch_block + 1) * kBlock, s.ch); c += kVec) {
+    const int left = s.ch - c;
+    const Vec bias = epilogue.bias ? load_first(epilogue.bias + c, left) : Vec{};
+    ChannelStats stats;
+    for (int image = 0; image < sub.images; ++image)
+      for (int ty = 0; ty < plan.tiles_y; ++ty) {
+        // Even parities take the last coefficient of the tile before, odd ones the first one of the
+        // tile after, so that each output is written once, complete.
+        Vec carry[m] = {};
+        const int neighbour_y = r == 0 ? ty - 1 : ty + 1;
+        const bool has_neighbour = neighbour_y >= 0 && neighbour_y < plan.tiles_y;
+        for (int step = 0; step < plan.tiles_x; ++step) {
+          const int tx = q == 0 ? step : plan.tiles_x - 1 - step;
+          const size_t line = size_t(image) * plan.tiles + ty * plan.tiles_x + tx;
+          const float* in = C + line * kBlock + c % kBlock;
+          const float* neighbour =
+              C + (size_t(image) * plan.tiles + neighbour_y * plan.tiles_x + tx) * kBlock +
+              c % kBlock;
+          Vec rows[m][n1];
+          for (int j = 0; j < n1; ++j) {
+            Vec p[n1], v[n1];
+            for (int i = 0; i < n1; ++i) p[i] = load(in + (i * n1 + j) * point);
+            T::high_adjoint(p, v);
+            if (has_neighbour)
+              v[r == 0 ? 0 : m] += load(neighbour + ((r == 0 ? m : 0) * n1 + j) * point);
+            for (int i = 0; i < m; ++i) rows[i][j] = v[i + r];
+          }
+          for (int i = 0; i < m; ++i) {
+            Vec v[n1];
+            T::high_adjoint(rows[i], v);
+            v[q == 0 ? 0 : m] += carry[i];
+            carry[i] = rows[i][q == 0 ? m : 0];
+            const int y = ty * m + i;
+            if (y >= s.h) continue;
+            for (int j = 0; j < m; ++j) {
+              const int x = tx * m + j;
+              if (x >= s.w) break;
+              const Vec out =
+                  activate(epilogue.activation, v[j + q] + bias, epilogue.negative_slope);
+              if (epilogue.stats) stats.add(out);
+              store_first(high +
+                              ((size_t(sub.image + image) * 2 * s.h + 2 * y + r) * 2 * s.w +
+                               2 * x + q) * s.ch +
+                              c,
+                          out, left);
+            }
+          }
+        }
+      }
+    if (epilogue.stats)
+      stats.write(epilogue.stats + (size_t(sub.index) * 4 + r * 2 + q) * 3 * s.ch + c, s.ch, left);
+  }
+}
+
+// Adds the taps' gradient of 16 low and 16 high channels, dU at C[p][q][cl line].
+template <int m>
+void finish_weight(const Plan<m>& plan, int cl_block, int ch_block, const float* C, size_t point,
+                   size_t parity, bool add, float* dweight) {
+  using T = Transform<m>;
+  constexpr int n1 = m + 1;
+  const ConvShape& s = plan.s;
+  for (int i = 0; i < std::min(kBlock, s.cl - cl_block * kBlock); ++i)
+    for (int c = ch_block * kBlock; c < std::min((ch_block + 1) * kBlock, s.ch); c += kVec) {
+      const int left = s.ch - c;
+      for (int r = 0; r < 2; ++r)
+        for (int q = 0; q < 2; ++q) {
+          const float* in = C + (r * 2 + q) * parity + i * kBlock + c % kBlock;
+          Vec rows[2][n1];
+          for (int j = 0; j < n1; ++j) {
+            Vec u[n1];
+            for (int k = 0; k < n1; ++k) u[k] = load(in + (k * n1 + j) * point);
+            T::weight_adjoint(u, rows[0][j], rows[1][j]);
+          }
+          for (int k = 0; k < 2; ++k) {
+            Vec w[2];
+            T::weight_adjoint(rows[k], w[0], w[1]);
+            for (int j = 0; j < 2; ++j) {
+              float* out = dweight +
+                           ((size_t(cl_block) * kBlock + i) * 16 + tap(r, k) * 4 + tap(q, j)) *
+                               s.ch + c;
+              store_first(out, add ? w[j] + load_first(out, left) : w[j], left);
+            }
+          }
+        }
+    }
+}
+
+struct Scratch {
+  float *zeros, *V, *M, *packed, *U, *items;
+
+  template <int m>
+  Scratch(const Plan<m>& plan, float* scratch) : zeros(scratch) {
+    std::fill_n(zeros, plan.zero_floats, 0.0f);
+    V = zeros + plan.zero_floats;
+    M = V + plan.v_floats;
+    packed = M + plan.m_floats;
+    U = packed + plan.packed_floats;
+    items = U + plan.u_floats;
+  }
+};
+
+// What an item of one thread works in: products C[p][column block][line], and weights
+// U[p][column block][kWeightLines] where they are not kept for all items.
+template <int m>
+struct Item {
+  float *C, *U;
+  size_t c_point, u_point;
+
+  Item(const Plan<m>& plan, const Scratch& scratch, size_t lines)
+      : C(scratch.items + omp_get_thread_num() * (plan.product_floats + plan.weight_floats)),
+        U(C + plan.product_floats),
+        c_point(plane(lines)),
+        u_point(plane(kNB * kWeightLines)) {}
+};
+
+template <int m>
+void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
+           ConvEpilogue epilogue, float* scratch, int threads) {
+  const Plan<m> plan(shape, epilogue.groups);
+  const Scratch all(plan, scratch);
+  const size_t u_block = size_t(plan.ch_blocks) * 4 * kBlock * kBlock;  // lines of a cl block
+  const size_t u_point = plane(u_block * plan.cl_blocks / kBlock);
+  const int item_tiles = plan.tiles * plan.images_per_sub;
+  const int pairs = ceil_div(plan.cl_blocks, kNB);
+#pragma omp parallel num_threads(threads)
+  {
+    const Item<m> own(plan, all, size_t(kNB) * item_tiles);
+    pack_weight(weight, shape.cl, shape.ch, /*high_lines=*/true, all.packed);
+    if (plan.reuses_weights()) {
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int n = 0; n < plan.cl_blocks; ++n)
+        for (int k = 0; k < plan.ch_blocks; ++k)
+          weights_over_high<m>(plan, all.packed, n, k,
+                               all.U + n * u_block + k * 4 * kBlock * kBlock, u_point);
+    }
+    for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
+      const int last = std::min(first + plan.subs_per_chunk, plan.subs);
+      transform_chunk_high<m>(plan, first, last, high, all.zeros, all.M);
+      const int image0 = plan.sub(first).image;
+#pragma omp for schedule(dynamic)
+      for (int item = 0; item < (last - first) * pairs; ++item) {
+        const Sub sub = plan.sub(first + item / pairs);
+        const int n0 = item % pairs * kNB, nb = std::min(kNB, plan.cl_blocks - n0);
+        const int rows = sub.images * plan.tiles;
+        const float* A = all.M + size_t(sub.image - image0) * plan.tiles * kBlock;
+        const size_t a_point = plan.line_block * plan.ch_blocks * 4;
+        const size_t c_block = size_t(item_tiles) * kBlock;
+        if (plan.reuses_weights()) {
+          for (int p = 0; p < plan.points; ++p)
+            multiply_rows(rows, plan.ch_blocks * 4, nb, A + p * a_point, plan.line_block,
+                          all.U + p * u_point + n0 * u_block, u_block,
+                          own.C + p * own.c_point, c_block, false);
+        } else {
+          for (int k = 0; k < plan.ch_blocks; ++k) {
+            for (int n = 0; n < nb; ++n)
+              weights_over_high<m>(plan, all.packed, n0 + n, k, own.U + n * kOwnBlock, own.u_point);
+            for (int p = 0; p < plan.points; ++p)
+              multiply_rows(rows, 4, nb, A + p * a_point + k * 4 * plan.line_block,
+                            plan.line_block, own.U + p * own.u_point, kOwnBlock,
+                            own.C + p * own.c_point, c_block, k > 0);
+          }
+        }
+        for (int n = 0; n < nb; ++n)
+          finish_low<m>(plan, sub, n0 + n, own.C + n * c_block, own.c_point, low, epilogue);
+      }
+    }
+  }
+}
+
+template <int m>
+void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
+           ConvEpilogue epilogue, float* scratch, int threads) {
+  const Plan<m> plan(shape, epilogue.groups);
+  const Scratch all(plan, scratch);
+  const size_t u_block = size_t(plan.cl_blocks) * kBlock * kBlock;  // lines of a (ch block, q)
+  const size_t u_point = plane(u_block * plan.ch_blocks * 4 / kBlock);
+  const int item_tiles = plan.tiles * plan.images_per_sub;
+  const int pairs = ceil_div(plan.ch_blocks, kNB);
+#pragma omp parallel num_threads(threads)
+  {
+    const Item<m> own(plan, all, size_t(kNB) * item_tiles);
+    pack_weight(weight, shape.cl, shape.ch, /*high_lines=*/false, all.packed);
+    if (plan.reuses_weights()) {
+#pragma omp for collapse(3) schedule(dynamic)
+      for (int q = 0; q < 4; ++q)
+        for (int n = 0; n < plan.ch_blocks; ++n)
+          for (int k = 0; k < plan.cl_blocks; ++k)
+            weights_over_low<m>(
+                plan, all.packed, n, q, k,
+                all.U + (q * plan.ch_blocks + n) * u_block + k * kBlock * kBlock, u_point);
+    }
+    for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
+      const int last = std::min(first + plan.subs_per_chunk, plan.subs);
+      transform_chunk_low<m>(plan, first, last, low, all.zeros, all.V);
+      const int image0 = plan.sub(first).image;
+#pragma omp for schedule(dynamic)
+      for (int item = 0; item < (last - first) * pairs * 4; ++item) {
+        const Sub sub = plan.sub(first + item / (pairs * 4));
+        const int q = item % 4;
+        const int n0 = item / 4 % pairs * kNB, nb = std::min(kNB, plan.ch_blocks - n0);
+        const int rows = sub.images * plan.tiles;
+        const float* A = all.V + size_t(sub.image - image0) * plan.tiles * kBlock;
+        const size_t a_point = plan.line_block * plan.cl_blocks;
+        const size_t c_block = size_t(item_tiles) * kBlock;
+        if (plan.reuses_weights()) {
+          for (int p = 0; p < plan.points; ++p)
+            multiply_rows(rows, plan.cl_blocks, nb, A + p * a_point, plan.line_block,
+                          all.U + p * u_point + (q * plan.ch_blocks + n0) * u_block, u_block,
+                          own.C + p * own.c_point, c_block, false);
+        } else {
+          constexpr int most = kWeightLines / kBlock;
+          for (int k = 0; k < plan.cl_blocks; k += most) {
+            const int blocks = std::min(most, plan.cl_blocks - k);
+            for (int n = 0; n < nb; ++n)
+              for (int b = 0; b < blocks; ++b)
+                weights_over_low<m>(plan, all.packed, n0 + n, q, k + b,
+                                    own.U + n * kOwnBlock + b * kBlock * kBlock,
+                                    own.u_point);
+            for (int p = 0; p < plan.points; ++p)
+              multiply_rows(rows, blocks, nb, A + p * a_point + k * plan.line_block,
+                            plan.line_block, own.U + p * own.u_point, kOwnBlock,
+                            own.C + p * own.c_point, c_block, k > 0);
+          }
+        }
+        for (int n = 0; n < nb; ++n) {
+          const auto finish = q == 0   ? &finish_high<m, 0, 0>
+                              : q == 1 ? &finish_high<m, 0, 1>
+                              : q == 2 ? &finish_high<m, 1, 0>
+                                       : &finish_high<m, 1, 1>;
+          finish(plan, sub, n0 + n, own.C + n * c_block, own.c_point, high, epilogue);
+        }
+      }
+    }
+  }
+}
+
+template <int m>
+void wgrad(ConvShape shape, const float* low, const float* high, float* dweight, float* scratch,
+           int threads) {
+  const Plan<m> plan(shape, 1);
+  const Scratch all(plan, scratch);
+  const int low_items = ceil_div(plan.cl_blocks, kWgradBlocks);
+#pragma omp parallel num_threads(threads)
+  {
+    const size_t parity = size_t(kWgradBlocks) * kBlock * kBlock;
+    const Item<m> own(plan, all, 4 * parity / kBlock);
+    for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
+      const int last = std::min(first + plan.subs_per_chunk, plan.subs);
+      const Sub end = plan.sub(last - 1);
+      const int lines = (end.image + end.images - plan.sub(first).image) * plan.tiles;
+      transform_chunk_low<m>(plan, first, last, low, all.zeros, all.V);
+      transform_chunk_high<m>(plan, first, last, high, all.zeros, all.M);
+#pragma omp for schedule(dynamic)
+      for (int item = 0; item < low_items * plan.ch_blocks; ++item) {
+        const int k0 = item / plan.ch_blocks * kWgradBlocks, n = item % plan.ch_blocks;
+        const int kb = std::min(kWgradBlocks, plan.cl_blocks - k0);
+        for (int p = 0; p < plan.points; ++p)
+          for (int k = 0; k < kb; ++k)
+            for (int i = 0; i < kBlock; i += kColumnsMR)
+              for (int q = 0; q < 4; q += kNB)
+                columns_kernel<kColumnsMR, kNB>(
+                    all.V + (size_t(p) * plan.cl_blocks + k0 + k) * plan.line_block + i, kBlock,
+                    all.M + ((size_t(p) * plan.ch_blocks + n) * 4 + q) * plan.line_block,
+                    kBlock, plan.line_block,
+                    own.C + p * own.c_point + q * parity + (k * kBlock + i) * kBlock, parity,
+                    lines, false);
+        for (int k = 0; k < kb; ++k)
+          finish_weight<m>(plan, k0 + k, n, own.C + k * kBlock * kBlock, own.c_point, parity,
+                           first > 0, dweight);
+      }
+    }
+  }
+}
+
+size_t scratch(int m, ConvShape s, int groups, int threads) {
+  switch (m) {
+    case 2:
+      return Plan<2>(s, groups).scratch_floats(threads);
+    case 3:
+      return Plan<3>(s, groups).scratch_floats(threads);
+    default:
+      return Plan<4>(s, groups).scratch_floats(threads);
+  }
+}
+
+void fprop(int m, ConvShape s, const float* high, ConvWeight weight, float* low,
+                    ConvEpilogue epilogue, float* scratch, int threads) {
+  (m == 2 ? fprop<2> : m == 3 ? fprop<3> : fprop<4>)(s, high, weight, low, epilogue, scratch,
+                                                     threads);
+}
+
+void dgrad(int m, ConvShape s, const float* low, ConvWeight weight, float* high,
+                    ConvEpilogue epilogue, float* scratch, int threads) {
+  (m == 2 ? dgrad<2> : m == 3 ? dgrad<3> : dgrad<4>)(s, low, weight, high, epilogue, scratch,
+                                                     threads);
+}
+
+void wgrad(int m, ConvShape s, const float* low, const float* high, float* dweight,
+                    float* scratch, int threads) {
+  (m == 2 ? wgrad<2> : m == 3 ? wgrad<3> : wgrad<4>)(s, low, high, dweight, scratch, threads);
+}
+
+}  // namespace fastgan::FASTGAN_ISA::winograd

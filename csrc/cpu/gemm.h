@@ -1,0 +1,140 @@
+// Products of small blocked matrices that lie in cache.
+//
+// A blocked matrix of R rows holds its columns in blocks of 16: block b is `rows` lines of 16
+// floats. C += A·B comes in two forms, by how A is read:
+//   rows: C[r] = sum over k of A[r][k] · B[k], with k along A's blocks (fprop, dgrad);
+//   columns: C[r] = sum over t of A[t][r] · B[t], with t along A's lines (wgrad).
+// The micro-kernel keeps an MR x NB·16 tile of C in registers and reads A by broadcasts.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "simd.h"
+
+namespace fastgan::FASTGAN_ISA {
+
+#if FASTGAN_VECTOR_LENGTH == 16
+constexpr int kRowsMR = 12, kColumnsMR = 8, kNB = 2;
+#elif FASTGAN_VECTOR_LENGTH == 8
+constexpr int kRowsMR = 6, kColumnsMR = 4, kNB = 1;
+#else
+constexpr int kRowsMR = 3, kColumnsMR = 2, kNB = 1;
+#endif
+
+template <int MR, int NB>
+struct Accumulators {
+  static constexpr int kVectors = NB * kVecsPerBlock;
+  Vec r[MR][kVectors];
+
+  FASTGAN_INLINE size_t offset(int j, size_t block_stride) {
+    return (j / kVecsPerBlock) * block_stride + (j % kVecsPerBlock) * kVec;
+  }
+  FASTGAN_INLINE void read(Vec (&b)[kVectors], const float* p, size_t block_stride) {
+    for (int j = 0; j < kVectors; ++j) b[j] = load(p + offset(j, block_stride));
+  }
+  inline __attribute__((always_inline)) void start(const float* c, size_t c_block, bool add) {
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < kVectors; ++j)
+        r[i][j] = add ? load(c + i * kBlock + offset(j, c_block)) : Vec{};
+  }
+  inline __attribute__((always_inline)) void finish(float* c, size_t c_block) const {
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < kVectors; ++j) store(c + i * kBlock + offset(j, c_block), r[i][j]);
+  }
+};
+
+// A[row i of MR][k] at a[i * 16 + k] in blocks a_block apart; B's lines follow one another.
+template <int MR, int NB>
+void rows_kernel(const float* a, size_t a_block, const float* b, size_t b_block, float* c,
+                 size_t c_block, int k_blocks, bool add) {
+  using Tile = Accumulators<MR, NB>;
+  Tile tile;
+  tile.start(c, c_block, add);
+  for (int block = 0; block < k_blocks; ++block) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kBlock; ++k) {
+      Vec bv[Tile::kVectors];
+      Tile::read(bv, b + k * kBlock, b_block);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const Vec x = broadcast(a[i * kBlock + k]);
+        for (int j = 0; j < Tile::kVectors; ++j) tile.r[i][j] += x * bv[j];
+      }
+    }
+    a += a_block;
+    b += kBlock * kBlock;
+  }
+  tile.finish(c, c_block);
+}
+
+// A[t][column i of MR] at a[t * a_line + i]; B's line t at b[t * b_line].
+template <int MR, int NB>
+void columns_kernel(const float* a, size_t a_line, const float* b, size_t b_line, size_t b_block,
+                    float* c, size_t c_block, int lines, bool add) {
+  using Tile = Accumulators<MR, NB>;
+  Tile tile;
+  tile.start(c, c_block, add);
+#pragma GCC unroll 4
+  for (int t = 0; t < lines; ++t) {
+    Vec bv[Tile::kVectors];
+    Tile::read(bv, b + t * b_line, b_block);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const Vec x = broadcast(a[t * a_line + i]);
+      for (int j = 0; j < Tile::kVectors; ++j) tile.r[i][j] += x * bv[j];
+    }
+  }
+  tile.finish(c, c_block);
+}
+
+using RowsKernel = decltype(&rows_kernel<1, 1>);
+using ColumnsKernel = decltype(&columns_kernel<1, 1>);
+
+template <int NB, int... I>
+constexpr auto rows_table(std::integer_sequence<int, I...>) {
+  return std::array<RowsKernel, sizeof...(I)>{&rows_kernel<I + 1, NB>...};
+}
+template <int NB, int... I>
+constexpr auto columns_table(std::integer_sequence<int, I...>) {
+  return std::array<ColumnsKernel, sizeof...(I)>{&columns_kernel<I + 1, NB>...};
+}
+
+// The kernel for `mr` in 1..MR rows and `nb` in 1..kNB blocks.
+inline RowsKernel rows_kernel_for(int mr, int nb) {
+  constexpr auto one = rows_table<1>(std::make_integer_sequence<int, kRowsMR>{});
+  constexpr auto full = rows_table<kNB>(std::make_integer_sequence<int, kRowsMR>{});
+  return nb == kNB ? full[mr - 1] : one[mr - 1];
+}
+inline ColumnsKernel columns_kernel_for(int mr, int nb) {
+  constexpr auto one = columns_table<1>(std::make_integer_sequence<int, kColumnsMR>{});
+  constexpr auto full = columns_table<kNB>(std::make_integer_sequence<int, kColumnsMR>{});
+  return nb == kNB ? full[mr - 1] : one[mr - 1];
+}
+
+// Calls f(first, count) over 0..total in parts of at most `most`, as equal as they can be.
+template <typename F>
+inline void for_each_part(int total, int most, F f) {
+  const int parts = ceil_div(total, most);
+  for (int i = 0, first = 0; i < parts; ++i) {
+    const int count = (total - first) / (parts - i) + ((total - first) % (parts - i) != 0);
+    f(first, count);
+    first += count;
+  }
+}
+
+// C[rows x n_blocks·16] (+)= A[rows x k_blocks·16] · B. Blocks of A, B, C lie *_block floats apart.
+inline void multiply_rows(int rows, int k_blocks, int n_blocks, const float* a, size_t a_block,
+                          const float* b, size_t b_block, float* c, size_t c_block, bool add) {
+  for (int n = 0; n < n_blocks; n += kNB) {
+    const int nb = n + kNB <= n_blocks ? kNB : 1;
+    for (int left = n; left < std::min(n + kNB, n_blocks); left += nb)
+      for_each_part(rows, kRowsMR, [&](int first, int count) {
+        rows_kernel_for(count, nb)(a + first * kBlock, a_block, b + left * b_block, b_block,
+                                   c + left * c_block + first * kBlock, c_block, k_blocks, add);
+      });
+  }
+}
+
+}  // namespace fastgan::FASTGAN_ISA

@@ -1,0 +1,483 @@
+"""Convolution between a low-resolution and a high-resolution side, in its three directions.
+
+A low side ``L [N, Cl, h, w]`` and a high side ``H [N, Ch, H, W]`` are tied by one weight
+``[Cl, Ch, kh, kw]``, that of ``ConvTranspose2d(Cl, Ch)`` and of ``Conv2d(Ch, Cl)``. With stride
+``s`` and padding ``p``:
+
+    fprop:  L[n, a, i, j] = sum over b, u, v of H[n, b, s·i+u-p, s·j+v-p] · W[a, b, u, v]
+    dgrad:  H[n, b, y, x] = sum over a, i, j of L[n, a, i, j] · W[a, b, y-s·i+p, x-s·j+p]
+    wgrad:  W[a, b, u, v] = sum over n, i, j of L[n, a, i, j] · H[n, b, s·i+u-p, s·j+v-p]
+
+Each is linear in both of its arguments and the other two are its adjoints: a convolution is fprop,
+a transposed one dgrad, and the gradients of either are two of the three.
+
+The C++ kernels have the shapes that GANs are made of: 4x4 with stride 2 and padding 1, by
+Winograd's minimal filtering F(m, 2) (Winograd 1980; Lavin & Gray 2016,
+https://arxiv.org/abs/1509.09308) or, where the high side has 1 to 4 channels, directly; and a low
+side of 1x1, where it is a matrix product. Other shapes are torch's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan.errors import InputError
+from fastgan.ops import cpp, tuning
+from fastgan.ops.activation import ACTIVATIONS
+from fastgan.ops.backend import requested_backend, say_left_to_reference, select_backend
+
+# The tile on the low side of each way by Winograd; 0 is the direct kernel.
+_TILES = {"winograd4": 4, "winograd3": 3, "winograd2": 2, "thin": 0}
+_MOST_THIN_CHANNELS = 4
+
+
+def conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    transposed: bool,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """The formula above in differentiable torch. Arguments as in :func:`conv`."""
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    y = convolve(x, weight, bias, stride=stride, padding=padding)
+    return ACTIVATIONS[activation](y, negative_slope)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """The sizes of one convolution, whichever its direction."""
+
+    n: int
+    cl: int
+    h: int
+    w: int
+    ch: int
+    high_h: int
+    high_w: int
+    kh: int
+    kw: int
+    stride: int
+    padding: int
+    groups: int
+
+    def ways(self) -> tuple[str, ...]:
+        """The kernels of our own that can compute it."""
+        kernel, step = (self.kh, self.kw), (self.stride, self.padding)
+        doubles = (self.high_h, self.high_w) == (2 * self.h, 2 * self.w)
+        if kernel == (4, 4) and step == (2, 1) and doubles:
+            if self.ch <= _MOST_THIN_CHANNELS:
+                return ("thin",)
+            # Tiles that the image fills badly are not worth a measurement.
+            tiles = (4, 2) if self.h % 3 or self.w % 3 else (4, 3, 2)
+            return tuple(f"winograd{m}" for m in tiles)
+        if (self.h, self.w, self.padding) == (1, 1, 0) and kernel == (self.high_h, self.high_w):
+            return ("matmul",)
+        return ()
+
+    def key(self, direction: str) -> str:
+        sizes = (
+            f"n{self.n} low {self.cl}x{self.h}x{self.w} high {self.ch}x{self.high_h}x{self.high_w}"
+        )
+        return f"{direction} {sizes} groups {self.groups} threads {torch.get_num_threads()}"
+
+    def shape(self) -> object:
+        return cpp.kernels().ConvShape(self.n, self.h, self.w, self.cl, self.ch)
+
+    def low(self) -> Tensor:
+        return cpp.empty_images(self.n, self.cl, self.h, self.w)
+
+    def high(self) -> Tensor:
+        return cpp.empty_images(self.n, self.ch, self.high_h, self.high_w)
+
+    def stats_tiles(self, transposed: bool) -> int:
+        """How many tiles of statistics a convolution's output has; see :func:`conv_forward`."""
+        if not self.groups:
+            return 0
+        if not self.ways()[0].startswith("winograd"):
+            return 0
+        k = cpp.kernels()
+        tiles = k.conv_dgrad_stats_tiles if transposed else k.conv_fprop_stats_tiles
+        return self.groups * int(tiles(self.shape(), self.groups))
+
+
+def _problem(
+    low: tuple[int, ...] | torch.Size,
+    high: tuple[int, ...] | torch.Size,
+    weight: tuple[int, ...] | torch.Size,
+    stride: int,
+    padding: int,
+    groups: int = 0,
+) -> _Problem:
+    n, cl, h, w = low
+    return _Problem(
+        n, cl, h, w, high[1], high[2], high[3], weight[2], weight[3], stride, padding, groups
+    )
+
+
+def _output_sizes(
+    x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool
+) -> tuple[int, int, int, int]:
+    n, _, *sides = x.shape
+    kernel = weight.shape[2:]
+    if transposed:
+        h, w = ((s - 1) * stride - 2 * padding + k for s, k in zip(sides, kernel, strict=True))
+        return n, weight.shape[1], h, w
+    h, w = ((s + 2 * padding - k) // stride + 1 for s, k in zip(sides, kernel, strict=True))
+    return n, weight.shape[0], h, w
+
+
+def _forward_problem(
+    x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool, groups: int
+) -> _Problem:
+    out = _output_sizes(x, weight, stride, padding, transposed)
+    low, high = (tuple(x.shape), out) if transposed else (out, tuple(x.shape))
+    return _problem(low, high, weight.shape, stride, padding, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epilogue:
+    """What follows the sum: bias, activation, and the statistics of the result."""
+
+    bias: Tensor | None = None
+    activation: str = "none"
+    negative_slope: float = 0.0
+    stats: Tensor | None = None
+
+    def native(self, groups: int) -> object:
+        return cpp.kernels().ConvEpilogue(
+            bias=cpp.address(self.bias),
+            activation=cpp.ACTIVATION_CODES[self.activation],
+            negative_slope=self.negative_slope,
+            stats=cpp.address(self.stats),
+            groups=max(groups, 1),
+        )
+
+    def finish(self, problem: _Problem, y: Tensor, transposed: bool) -> None:
+        """What a way without an epilogue of its own does afterwards, in place on ``y``."""
+        if self.bias is not None:
+            y += self.bias.view(1, -1, 1, 1)
+        if self.activation != "none":
+            y.copy_(ACTIVATIONS[self.activation](y, self.negative_slope))
+        if self.stats is not None and self.stats.numel():
+            k = cpp.kernels()
+            images = k.conv_images_per_stats_tile(problem.shape(), problem.groups)
+            n, c, h, w = y.shape
+            k.bn_stats(
+                k.BatchNormShape(problem.groups, n // problem.groups * h * w, c),
+                images * h * w,
+                4 if transposed else 1,
+                cpp.address(y),
+                cpp.address(self.stats),
+                torch.get_num_threads(),
+            )
+
+
+def _native_weight(weight: Tensor) -> object:
+    return cpp.kernels().ConvWeight(weight.data_ptr(), *weight.stride())
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``[N, H·W·C]`` of a dense ``[N, C, H, W]``, or of a weight."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1)
+
+
+def _run_fprop(
+    way: str, problem: _Problem, high: Tensor, weight: Tensor, out: Tensor, epilogue: _Epilogue
+) -> None:
+    if way in _TILES:
+        cpp.kernels().conv_fprop(
+            _TILES[way],
+            problem.shape(),
+            high.data_ptr(),
+            _native_weight(weight),
+            out.data_ptr(),
+            epilogue.native(problem.groups),
+            torch.get_num_threads(),
+        )
+        return
+    if way == "matmul":
+        torch.mm(_flat(high), _flat(weight).t(), out=_flat(out))
+    else:
+        out.copy_(F.conv2d(high, weight, stride=problem.stride, padding=problem.padding))
+    epilogue.finish(problem, out, transposed=False)
+
+
+def _run_dgrad(
+    way: str, problem: _Problem, low: Tensor, weight: Tensor, out: Tensor, epilogue: _Epilogue
+) -> None:
+    if way in _TILES:
+        cpp.kernels().conv_dgrad(
+            _TILES[way],
+            problem.shape(),
+            low.data_ptr(),
+            _native_weight(weight),
+            out.data_ptr(),
+            epilogue.native(problem.groups),
+            torch.get_num_threads(),
+        )
+        return
+    if way == "matmul":
+        torch.mm(_flat(low), _flat(weight), out=_flat(out))
+    else:
+        out.copy_(F.conv_transpose2d(low, weight, stride=problem.stride, padding=problem.padding))
+    epilogue.finish(problem, out, transposed=True)
+
+
+def _run_wgrad(way: str, problem: _Problem, low: Tensor, high: Tensor, out: Tensor) -> None:
+    if way in _TILES:
+        cpp.kernels().conv_wgrad(
+            _TILES[way],
+            problem.shape(),
+            low.data_ptr(),
+            high.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    elif way == "matmul":
+        torch.mm(_flat(low).t(), _flat(high), out=_flat(out))
+    else:
+        stride, padding = [problem.stride] * 2, [problem.padding] * 2
+        out.copy_(
+            torch.ops.aten.convolution_backward(
+                low, high, out, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+            )[1]
+        )
+
+
+def _choose(
+    direction: str, problem: _Problem, backend: str, run: Callable[[str], object]
+) -> str:
+    """The way to take: the fastest of our own, and of torch's too where ``backend`` is auto."""
+    own = problem.ways()
+    ways = (*own, "torch")
+    return tuning.fastest(
+        problem.key(direction),
+        {way: functools.partial(run, way) for way in ways},
+        ways if backend == "auto" else own,
+    )
+
+
+@torch.library.custom_op("fastgan::conv_forward", mutates_args=())
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    transposed: bool,
+    activation: str,
+    negative_slope: float,
+    groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """fprop, or dgrad where ``transposed``, with what follows it.
+
+    Returns:
+        ``y``, and ``stats [tiles, 3, C]`` float32: the count, mean and sum of squared deviations of
+        ``y`` in each tile; tiles of one of the ``groups`` parts of the batch follow one another.
+        ``[0, 3, C]`` where ``groups`` is 0 or the kernel has no statistics.
+    """
+    problem = _forward_problem(x, weight, stride, padding, transposed, groups)
+    x, weight = cpp.dense(x), cpp.dense(weight)
+    bias = None if bias is None else bias.contiguous()
+    y = problem.high() if transposed else problem.low()
+    stats = cpp.empty(problem.stats_tiles(transposed), 3, y.shape[1])
+    epilogue = _Epilogue(bias, activation, negative_slope, stats if len(stats) else None)
+    run = _run_dgrad if transposed else _run_fprop
+    direction = "dgrad" if transposed else "fprop"
+    way = _choose(
+        direction, problem, backend, lambda way: run(way, problem, x, weight, y, epilogue)
+    )
+    run(way, problem, x, weight, y, epilogue)
+    return y, stats
+
+
+@conv_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    transposed: bool,
+    activation: str,
+    negative_slope: float,
+    groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    problem = _forward_problem(x, weight, stride, padding, transposed, groups)
+    n, c, h, w = _output_sizes(x, weight, stride, padding, transposed)
+    y = x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+    return y, x.new_empty(problem.stats_tiles(transposed), 3, c)
+
+
+@torch.library.custom_op("fastgan::conv_wgrad", mutates_args=())
+def conv_wgrad(
+    low: Tensor,
+    high: Tensor,
+    kernel: list[int],
+    stride: int,
+    padding: int,
+    backend: str,
+) -> Tensor:
+    """wgrad: ``[Cl, Ch, kh, kw]``, in ``torch.channels_last``, from both sides."""
+    sizes = (low.shape[1], high.shape[1], *kernel)
+    problem = _problem(low.shape, high.shape, sizes, stride, padding)
+    low, high = cpp.dense(low), cpp.dense(high)
+    out = cpp.empty_images(*sizes)
+    way = _choose(
+        "wgrad", problem, backend, lambda way: _run_wgrad(way, problem, low, high, out)
+    )
+    _run_wgrad(way, problem, low, high, out)
+    return out
+
+
+@conv_wgrad.register_fake
+def _(
+    low: Tensor,
+    high: Tensor,
+    kernel: list[int],
+    stride: int,
+    padding: int,
+    backend: str,
+) -> Tensor:
+    cl, ch = low.shape[1], high.shape[1]
+    return low.new_empty(cl, *kernel, ch).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fastgan::act_backward", mutates_args=())
+def act_backward(dy: Tensor, y: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """``dy · act'(x)`` from ``y = act(x)``, both ``[N, C, H, W]``; in ``torch.channels_last``."""
+    dy, y = cpp.dense(dy), cpp.dense(y)
+    out = cpp.empty_images(*y.shape)
+    cpp.kernels().act_backward(
+        y.numel(),
+        dy.data_ptr(),
+        y.data_ptr(),
+        cpp.ACTIVATION_CODES[activation],
+        negative_slope,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@act_backward.register_fake
+def _(dy: Tensor, y: Tensor, activation: str, negative_slope: float) -> Tensor:
+    n, c, h, w = y.shape
+    return y.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, bias, stride, padding, transposed, activation, slope, _, backend = inputs
+    y = output[0] if activation != "none" else None
+    ctx.save_for_backward(x, weight, y)
+    ctx.arguments = stride, padding, transposed, activation, slope, backend
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
+    x, weight, y = ctx.saved_tensors
+    stride, padding, transposed, activation, slope, backend = ctx.arguments
+    if activation != "none":
+        dy = act_backward(dy, y, activation, slope)
+    dx = dweight = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx, _ = conv_forward(
+            dy, weight, None, stride, padding, not transposed, "none", 0.0, 0, backend
+        )
+    if ctx.needs_input_grad[1]:
+        low, high = (x, dy) if transposed else (dy, x)
+        dweight = conv_wgrad(low, high, list(weight.shape[2:]), stride, padding, backend)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        dbias = dy.sum((0, 2, 3))
+    return dx, dweight, dbias, *([None] * 7)
+
+
+conv_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def kernel_backend(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    transposed: bool,
+    negative_slope: float,
+) -> str:
+    """``reference``, or from what :func:`conv_forward` is to choose: ``cpp`` or ``auto``.
+
+    Raises:
+        NotBuiltError: a backend was asked for by name that cannot; the message says why.
+    """
+    if select_backend("conv", x, weight, bias) == "reference":
+        return "reference"
+    channels = weight.shape[0 if transposed else 1]
+    # Sizes that do not fit are for torch to complain of.
+    fits = x.ndim == weight.ndim == 4 and x.shape[1] == channels and negative_slope >= 0.0
+    if fits and _forward_problem(x, weight, stride, padding, transposed, 0).ways():
+        return requested_backend()
+    if requested_backend() != "auto":
+        say_left_to_reference(
+            f"conv of a {list(weight.shape)} weight, stride {stride}, padding {padding} on "
+            f"{list(x.shape)}"
+        )
+    return "reference"
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    transposed: bool = False,
+    activation: str = "none",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """A convolution, or a transposed one, with bias and activation.
+
+    Args:
+        x: ``[N, C, H, W]``, any floating dtype, any memory format.
+        weight: ``[C_out, C, kh, kw]``, or ``[C, C_out, kh, kw]`` where ``transposed``.
+        bias: ``[C_out]`` or None.
+        stride: of both dimensions, at least 1.
+        padding: zeros at each side of both dimensions, at least 0.
+        transposed: the adjoint of a convolution of these sizes, as in ``ConvTranspose2d``.
+        activation: ``none``, ``relu``, ``leaky_relu`` or ``tanh``.
+        negative_slope: of ``leaky_relu``.
+
+    Returns:
+        ``[N, C_out, H', W']``; in ``torch.channels_last`` from the C++ kernels.
+
+    Raises:
+        InputError: ``activation`` is unknown.
+        NotBuiltError: a backend was asked for by name that cannot take these tensors.
+
+    Equivalent to::
+
+        convolve = F.conv_transpose2d if transposed else F.conv2d
+        act(convolve(x, weight, bias, stride=stride, padding=padding))
+    """
+    if activation not in ACTIVATIONS:
+        raise InputError(f"activation={activation!r}: choose from {', '.join(ACTIVATIONS)}")
+    backend = kernel_backend(x, weight, bias, stride, padding, transposed, negative_slope)
+    if backend == "reference":
+        return conv_reference(
+            x, weight, bias, stride, padding, transposed, activation, negative_slope
+        )
+    return conv_forward(
+        x, weight, bias, stride, padding, transposed, activation, negative_slope, 0, backend
+    )[0]
