@@ -23,11 +23,11 @@
 namespace fastgan::FASTGAN_ISA::winograd {
 
 // Bytes of transformed tensors that a chunk may take, of products that an item may take.
-constexpr size_t kChunkBytes = 12 << 20;
+constexpr size_t kChunkBytes = 8 << 20;
 // Lines of weights, of 16 channels each, that an item transforms at a time.
 constexpr int kWeightLines = 64;
 // Blocks of low channels in an item of wgrad, which has one block of high channels.
-constexpr int kWgradBlocks = 2;
+constexpr int kWgradBlocks = 4;
 // Floats of a column block of an item's own weights.
 constexpr size_t kOwnBlock = size_t(kWeightLines) * kBlock;
 
@@ -118,14 +118,21 @@ struct HighWindow {
   }
 };
 
+// Calls f(c, left) for each vector of the channels, `left` a compile-time constant in all whole ones.
+template <typename F>
+FASTGAN_INLINE void for_each_vector(int channels, int blocks, F f) {
+  int c = 0;
+  for (; c + kVec <= channels; c += kVec) f(c, std::integral_constant<int, kVec>{});
+  for (; c < blocks * kBlock; c += kVec) f(c, channels - c);
+}
+
 // V[p][cl block][tile] of one tile, all channels.
 template <int m>
 void transform_low(const Plan<m>& plan, const LowWindow<m>& window, int tile, float* V) {
   using T = Transform<m>;
   constexpr int n1 = m + 1;
   const size_t point = plan.line_block * plan.cl_blocks;
-  for (int c = 0; c < plan.cl_blocks * kBlock; c += kVec) {
-    const int left = plan.s.cl - c;
+  for_each_vector(plan.s.cl, plan.cl_blocks, [&](int c, auto left) {
     Vec rows[n1][m];
     for (int j = 0; j < m; ++j) {
       Vec x[m], v[n1];
@@ -139,7 +146,7 @@ void transform_low(const Plan<m>& plan, const LowWindow<m>& window, int tile, fl
       T::low(rows[i], v);
       for (int j = 0; j < n1; ++j) store(out + (i * n1 + j) * point, v[j]);
     }
-  }
+  });
 }
 
 // M[p][ch block][q][tile] of one tile, all channels.
@@ -148,8 +155,7 @@ void transform_high(const Plan<m>& plan, const HighWindow<m>& window, int tile, 
   using T = Transform<m>;
   constexpr int n1 = m + 1;
   const size_t point = plan.line_block * plan.ch_blocks * 4;
-  for (int c = 0; c < plan.ch_blocks * kBlock; c += kVec) {
-    const int left = plan.s.ch - c;
+  for_each_vector(plan.s.ch, plan.ch_blocks, [&](int c, auto left) {
     for (int r = 0; r < 2; ++r)
       for (int q = 0; q < 2; ++q) {
         // Even rows are the window's odd ones, which begins a pixel before the tile.
@@ -169,7 +175,7 @@ void transform_high(const Plan<m>& plan, const HighWindow<m>& window, int tile, 
           for (int j = 0; j < n1; ++j) store(out + (i * n1 + j) * point, v[j]);
         }
       }
-  }
+  });
 }
 
 template <int m>
@@ -281,6 +287,7 @@ void finish_low(const Plan<m>& plan, const Sub& sub, int cl_block, const float* 
         for (int j = 0; j < m && x0 + j < s.w; ++j) {
           const Vec y = activate(epilogue.activation, x[j] + bias, epilogue.negative_slope);
           if (epilogue.stats) stats.add(y);
+          __builtin_prefetch(out + size_t(j + m) * s.cl, 1);
           store_first(out + size_t(j) * s.cl, y, left);
         }
       }
@@ -337,11 +344,12 @@ void finish_high(const Plan<m>& plan, const Sub& sub, int ch_block, const float*
               const Vec out =
                   activate(epilogue.activation, v[j + q] + bias, epilogue.negative_slope);
               if (epilogue.stats) stats.add(out);
-              store_first(high +
+              float* to = high +
                               ((size_t(sub.image + image) * 2 * s.h + 2 * y + r) * 2 * s.w +
                                2 * x + q) * s.ch +
-                              c,
-                          out, left);
+                              c;
+              __builtin_prefetch(to + (q == 0 ? 2 : -2) * m * s.ch, 1);
+              store_first(to, out, left);
             }
           }
         }

@@ -53,6 +53,8 @@ void rows_kernel(const float* a, size_t a_block, const float* b, size_t b_block,
   Tile tile;
   tile.start(c, c_block, add);
   for (int block = 0; block < k_blocks; ++block) {
+    // A's next lines are too few in a row, and too far apart, for the hardware to foresee.
+    for (int i = 0; i < MR; ++i) __builtin_prefetch(a + 2 * a_block + i * kBlock);
 #pragma GCC unroll 4
     for (int k = 0; k < kBlock; ++k) {
       Vec bv[Tile::kVectors];

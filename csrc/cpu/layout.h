@@ -25,12 +25,17 @@ inline void pack_weight(const ConvWeight& w, int cl, int ch, bool high_lines, fl
       for (int tap = 0; tap < 16; ++tap) {
         const float* in = w.data + tap / 4 * w.stride_kh + tap % 4 * w.stride_kw;
         float* out = packed + tap * tap_stride + (size_t(n) * line_blocks + k) * kBlock * kBlock;
-        const int left = std::min(kBlock, columns - n * kBlock);
-        for (int i = 0; i < kBlock; ++i) {
-          const int line = k * kBlock + i;
-          const float* row = in + line * line_stride + n * kBlock * column_stride;
-          for (int j = 0; j < kBlock; ++j)
-            out[i * kBlock + j] = line < lines && j < left ? row[j * column_stride] : 0.0f;
+        const float* block = in + k * kBlock * line_stride + n * kBlock * column_stride;
+        const int block_lines = std::min(kBlock, lines - k * kBlock);
+        const int block_columns = std::min(kBlock, columns - n * kBlock);
+        if (block_lines < kBlock || block_columns < kBlock) std::fill_n(out, kBlock * kBlock, 0.0f);
+        if (column_stride == 1) {
+          for (int i = 0; i < block_lines; ++i)
+            std::memcpy(out + i * kBlock, block + i * line_stride, block_columns * sizeof(float));
+        } else {
+          for (int j = 0; j < block_columns; ++j)
+            for (int i = 0; i < block_lines; ++i)
+              out[i * kBlock + j] = block[i * line_stride + j * column_stride];
         }
       }
 }

@@ -249,14 +249,22 @@ def _run_wgrad(way: str, problem: _Problem, low: Tensor, high: Tensor, out: Tens
         stride, padding = [problem.stride] * 2, [problem.padding] * 2
         out.copy_(
             torch.ops.aten.convolution_backward(
-                low, high, out, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+                low,
+                high,
+                out,
+                None,
+                stride,
+                padding,
+                [1, 1],
+                False,
+                [0, 0],
+                1,
+                [False, True, False],
             )[1]
         )
 
 
-def _choose(
-    direction: str, problem: _Problem, backend: str, run: Callable[[str], object]
-) -> str:
+def _choose(direction: str, problem: _Problem, backend: str, run: Callable[[str], object]) -> str:
     """The way to take: the fastest of our own, and of torch's too where ``backend`` is auto."""
     own = problem.ways()
     ways = (*own, "torch")
@@ -335,9 +343,7 @@ def conv_wgrad(
     problem = _problem(low.shape, high.shape, sizes, stride, padding)
     low, high = cpp.dense(low), cpp.dense(high)
     out = cpp.empty_images(*sizes)
-    way = _choose(
-        "wgrad", problem, backend, lambda way: _run_wgrad(way, problem, low, high, out)
-    )
+    way = _choose("wgrad", problem, backend, lambda way: _run_wgrad(way, problem, low, high, out))
     _run_wgrad(way, problem, low, high, out)
     return out
 
