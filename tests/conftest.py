@@ -2,13 +2,42 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from fastgan.ops import cpp
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("FASTGAN_BACKEND", raising=False)
+
+
+@pytest.fixture
+def nan_outputs(monkeypatch):
+    """What a kernel writes holds NaN until then, and ends where its memory ends."""
+
+    def empty(shape, strides):
+        return torch.empty_strided(shape, strides).fill_(torch.nan)
+
+    monkeypatch.setattr(cpp, "_empty", empty)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def use_isa():
+    """Sets the instruction set of the kernels, for the rest of the test."""
+    before = cpp.kernels().isa()
+    yield cpp.kernels().use_isa
+    cpp.kernels().use_isa(before)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from fastgan.errors import InputError
 from fastgan.nn.grouped import grouped_forward, grouping_obstacle
 from fastgan.nn.modes import evaluation_mode
 from fastgan.nn.sizes import IMAGE_SIZES
+from fastgan.ops.backend import use_backend
 
 SIZES = (16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -99,7 +100,7 @@ def test_an_examples_checkpoint_loads_and_exports_back(size, nc):
     netD = DCGANDiscriminator.from_state_dict(torch.load(files[1], weights_only=True))
     assert (netG.nz, netG.ngf, netG.nc, netG.image_size) == (10, 4, nc, size)
     assert (netD.ndf, netD.nc, netD.image_size) == (6, nc, size)
-    with evaluation_mode(netG), evaluation_mode(theirs_g):
+    with evaluation_mode(netG), evaluation_mode(theirs_g), use_backend("reference"):
         images = netG(z)
         assert torch.equal(images, theirs_g(z))
     with evaluation_mode(netD), evaluation_mode(theirs_d):

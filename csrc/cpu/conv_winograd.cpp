@@ -25,7 +25,7 @@ namespace fastgan::FASTGAN_ISA::winograd {
 // Bytes of transformed tensors that a chunk may take, of products that an item may take.
 constexpr size_t kChunkBytes = 8 << 20;
 // Lines of weights, of 16 channels each, that an item transforms at a time.
-constexpr int kWeightLines = 64;
+constexpr int kWeightLines = 128;
 // Blocks of low channels in an item of wgrad, which has one block of high channels.
 constexpr int kWgradBlocks = 4;
 // Floats of a column block of an item's own weights.
@@ -213,18 +213,18 @@ void transform_chunk_high(const Plan<m>& plan, int first, int last, const float*
 // The tap of parity r that multiplies x[o - i], i = 0 or 1: see winograd.h.
 constexpr int tap(int r, int i) { return (r == 0 ? 1 : 0) + 2 * i; }
 
-// U of one line of 16 channels from its taps at taps[kh * 4 + kw] for parity (r, q), to
-// out[p * point].
+// U of 16 columns of a line for parity (r, q), to out[p * point].
 template <int m>
-FASTGAN_INLINE void transform_weight(const float* taps, size_t tap_stride, int r, int q, float* out,
-                                     size_t point) {
+FASTGAN_INLINE void transform_weight(const WeightLines& weight, int line, int column_block, int r,
+                                     int q, float* out, size_t point) {
   using T = Transform<m>;
   constexpr int n1 = m + 1;
   for (int c = 0; c < kBlock; c += kVec) {
+    const float* taps = weight.at(line, column_block) + c;
     Vec columns[2][n1];
     for (int j = 0; j < 2; ++j)
-      T::weight(load(taps + (tap(r, 0) * 4 + tap(q, j)) * tap_stride + c),
-                load(taps + (tap(r, 1) * 4 + tap(q, j)) * tap_stride + c), columns[j]);
+      T::weight(load(taps + tap(r, 0) * weight.kh + tap(q, j) * weight.kw),
+                load(taps + tap(r, 1) * weight.kh + tap(q, j) * weight.kw), columns[j]);
     for (int i = 0; i < n1; ++i) {
       Vec u[n1];
       T::weight(columns[0][i], columns[1][i], u);
@@ -233,28 +233,23 @@ FASTGAN_INLINE void transform_weight(const float* taps, size_t tap_stride, int r
   }
 }
 
-// Weights for a sum over the high channels: lines [4 · 16] of (q, ch) for each ch block in turn.
+// Weights for a sum over the high channels: for one ch block, 4 · 16 lines of (q, ch).
 template <int m>
-void weights_over_high(const Plan<m>& plan, const float* packed, int cl_block, int ch_block,
-                       float* U, size_t point) {
-  const size_t tap_stride = plan.packed_floats / 16;
-  const float* lines =
-      packed + (size_t(cl_block) * plan.ch_blocks + ch_block) * kBlock * kBlock;
+void weights_over_high(const WeightLines& weight, int cl_block, int ch_block, float* U,
+                       size_t point) {
   for (int q = 0; q < 4; ++q)
     for (int i = 0; i < kBlock; ++i)
-      transform_weight<m>(lines + i * kBlock, tap_stride, q / 2, q % 2,
+      transform_weight<m>(weight, ch_block * kBlock + i, cl_block, q / 2, q % 2,
                           U + (q * kBlock + i) * kBlock, point);
 }
 
-// Weights for a sum over the low channels: 16 lines of cl for parity q and one ch block.
+// Weights for a sum over the low channels: for one cl block, 16 lines of cl for parity q.
 template <int m>
-void weights_over_low(const Plan<m>& plan, const float* packed, int ch_block, int q, int cl_block,
-                      float* U, size_t point) {
-  const size_t tap_stride = plan.packed_floats / 16;
-  const float* lines =
-      packed + (size_t(ch_block) * plan.cl_blocks + cl_block) * kBlock * kBlock;
+void weights_over_low(const WeightLines& weight, int ch_block, int q, int cl_block, float* U,
+                      size_t point) {
   for (int i = 0; i < kBlock; ++i)
-    transform_weight<m>(lines + i * kBlock, tap_stride, q / 2, q % 2, U + i * kBlock, point);
+    transform_weight<m>(weight, cl_block * kBlock + i, ch_block, q / 2, q % 2, U + i * kBlock,
+                        point);
 }
 
 // L of one sub and one block of low channels from V at C[p][tile].
@@ -432,12 +427,13 @@ void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
 #pragma omp parallel num_threads(threads)
   {
     const Item<m> own(plan, all, size_t(kNB) * item_tiles);
-    pack_weight(weight, shape.cl, shape.ch, /*high_lines=*/true, all.packed);
+    const WeightLines lines =
+        weight_lines(weight, shape.cl, shape.ch, /*high_lines=*/true, all.packed);
     if (plan.reuses_weights()) {
 #pragma omp for collapse(2) schedule(dynamic)
       for (int n = 0; n < plan.cl_blocks; ++n)
         for (int k = 0; k < plan.ch_blocks; ++k)
-          weights_over_high<m>(plan, all.packed, n, k,
+          weights_over_high<m>(lines, n, k,
                                all.U + n * u_block + k * 4 * kBlock * kBlock, u_point);
     }
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
@@ -458,11 +454,15 @@ void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
                           all.U + p * u_point + n0 * u_block, u_block,
                           own.C + p * own.c_point, c_block, false);
         } else {
-          for (int k = 0; k < plan.ch_blocks; ++k) {
+          constexpr int most = kWeightLines / (4 * kBlock);
+          for (int k = 0; k < plan.ch_blocks; k += most) {
+            const int blocks = std::min(most, plan.ch_blocks - k);
             for (int n = 0; n < nb; ++n)
-              weights_over_high<m>(plan, all.packed, n0 + n, k, own.U + n * kOwnBlock, own.u_point);
+              for (int b = 0; b < blocks; ++b)
+                weights_over_high<m>(lines, n0 + n, k + b,
+                                     own.U + n * kOwnBlock + b * 4 * kBlock * kBlock, own.u_point);
             for (int p = 0; p < plan.points; ++p)
-              multiply_rows(rows, 4, nb, A + p * a_point + k * 4 * plan.line_block,
+              multiply_rows(rows, blocks * 4, nb, A + p * a_point + k * 4 * plan.line_block,
                             plan.line_block, own.U + p * own.u_point, kOwnBlock,
                             own.C + p * own.c_point, c_block, k > 0);
           }
@@ -486,14 +486,15 @@ void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
 #pragma omp parallel num_threads(threads)
   {
     const Item<m> own(plan, all, size_t(kNB) * item_tiles);
-    pack_weight(weight, shape.cl, shape.ch, /*high_lines=*/false, all.packed);
+    const WeightLines lines =
+        weight_lines(weight, shape.cl, shape.ch, /*high_lines=*/false, all.packed);
     if (plan.reuses_weights()) {
 #pragma omp for collapse(3) schedule(dynamic)
       for (int q = 0; q < 4; ++q)
         for (int n = 0; n < plan.ch_blocks; ++n)
           for (int k = 0; k < plan.cl_blocks; ++k)
             weights_over_low<m>(
-                plan, all.packed, n, q, k,
+                lines, n, q, k,
                 all.U + (q * plan.ch_blocks + n) * u_block + k * kBlock * kBlock, u_point);
     }
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
@@ -520,7 +521,7 @@ void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
             const int blocks = std::min(most, plan.cl_blocks - k);
             for (int n = 0; n < nb; ++n)
               for (int b = 0; b < blocks; ++b)
-                weights_over_low<m>(plan, all.packed, n0 + n, q, k + b,
+                weights_over_low<m>(lines, n0 + n, q, k + b,
                                     own.U + n * kOwnBlock + b * kBlock * kBlock,
                                     own.u_point);
             for (int p = 0; p < plan.points; ++p)

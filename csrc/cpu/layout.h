@@ -10,34 +10,45 @@
 
 namespace fastgan::FASTGAN_ISA {
 
-// packed[tap][column block][line][16] of a weight: lines are the channels of the side that is
-// summed over, columns those of the other; both are padded with zeros to whole blocks.
-// Called by every thread of a team.
-inline void pack_weight(const ConvWeight& w, int cl, int ch, bool high_lines, float* packed) {
+// A weight as the transforms read it: 16 neighbouring columns of a line at a time. Lines are the
+// channels of the side that is summed over, columns those of the other.
+struct WeightLines {
+  const float* data;
+  ptrdiff_t kh, kw, line, block;
+
+  const float* at(int line_index, int column_block) const {
+    return data + line_index * line + column_block * block;
+  }
+};
+
+// The weight in place, where its columns lie side by side in whole blocks and so do its lines; else
+// a copy packed[tap][column block][line][16], padded with zeros. Called by every thread of a team.
+inline WeightLines weight_lines(const ConvWeight& w, int cl, int ch, bool high_lines,
+                                float* packed) {
   const int lines = high_lines ? ch : cl, columns = high_lines ? cl : ch;
   const ptrdiff_t line_stride = high_lines ? w.stride_ch : w.stride_cl;
   const ptrdiff_t column_stride = high_lines ? w.stride_cl : w.stride_ch;
+  if (column_stride == 1 && lines % kBlock == 0 && columns % kBlock == 0)
+    return {w.data, w.stride_kh, w.stride_kw, line_stride, kBlock};
   const int line_blocks = ceil_div(lines, kBlock), column_blocks = ceil_div(columns, kBlock);
-  const size_t tap_stride = size_t(line_blocks) * column_blocks * kBlock * kBlock;
+  const ptrdiff_t block_stride = ptrdiff_t(line_blocks) * kBlock * kBlock;
+  const ptrdiff_t tap_stride = block_stride * column_blocks;
 #pragma omp for collapse(2) schedule(static)
   for (int n = 0; n < column_blocks; ++n)
-    for (int k = 0; k < line_blocks; ++k)
+    for (int k = 0; k < line_blocks; ++k) {
+      const int block_lines = std::min(kBlock, lines - k * kBlock);
+      const int block_columns = std::min(kBlock, columns - n * kBlock);
       for (int tap = 0; tap < 16; ++tap) {
-        const float* in = w.data + tap / 4 * w.stride_kh + tap % 4 * w.stride_kw;
-        float* out = packed + tap * tap_stride + (size_t(n) * line_blocks + k) * kBlock * kBlock;
-        const float* block = in + k * kBlock * line_stride + n * kBlock * column_stride;
-        const int block_lines = std::min(kBlock, lines - k * kBlock);
-        const int block_columns = std::min(kBlock, columns - n * kBlock);
+        const float* in = w.data + tap / 4 * w.stride_kh + tap % 4 * w.stride_kw +
+                          k * kBlock * line_stride + n * kBlock * column_stride;
+        float* out = packed + tap * tap_stride + n * block_stride + k * kBlock * kBlock;
         if (block_lines < kBlock || block_columns < kBlock) std::fill_n(out, kBlock * kBlock, 0.0f);
-        if (column_stride == 1) {
-          for (int i = 0; i < block_lines; ++i)
-            std::memcpy(out + i * kBlock, block + i * line_stride, block_columns * sizeof(float));
-        } else {
+        for (int i = 0; i < block_lines; ++i)
           for (int j = 0; j < block_columns; ++j)
-            for (int i = 0; i < block_lines; ++i)
-              out[i * kBlock + j] = block[i * line_stride + j * column_stride];
-        }
+            out[i * kBlock + j] = in[i * line_stride + j * column_stride];
       }
+    }
+  return {packed, 4 * tap_stride, tap_stride, kBlock, block_stride};
 }
 
 FASTGAN_INLINE void widen(Vec x, DoubleVec& out) { out = __builtin_convertvector(x, DoubleVec); }

@@ -1,8 +1,8 @@
 """torch's fused Adam over weights in any memory format.
 
-On the CPU the fused kernel takes contiguous tensors, and copies a weight in ``torch.channels_last``,
-its gradient and its moments there and back at every step. Adam works elementwise: the same memory
-seen in its own order is contiguous, and nothing need be copied.
+On the CPU the fused kernel wants contiguous tensors, and copies a weight that is in
+``torch.channels_last``, its gradient and its moments there and back at every step. Adam works
+elementwise: the same memory seen in its own order is contiguous, and nothing need be copied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Adam(torch.optim.Adam):
 
 
 def _memory_order(p: Tensor) -> tuple[int, ...] | None:
-    """The dimensions of ``p`` from the outermost in memory to the innermost; None if as they are."""
+    """The dimensions of ``p`` from the outermost in memory inwards; None if they are in order."""
     if p.is_contiguous():
         return None
-    return tuple(sorted(range(p.ndim), key=lambda d: (-p.stride(d), d)))
+    return tuple(sorted(range(p.ndim), key=p.stride, reverse=True))

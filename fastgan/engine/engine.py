@@ -29,8 +29,8 @@ from fastgan.engine.ema import ExponentialMovingAverage
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.nn.grouped import grouped_forward, grouping_obstacle
 from fastgan.nn.modes import evaluation_mode
-from fastgan.ops.augment import augment
 from fastgan.ops import tuning
+from fastgan.ops.augment import augment
 from fastgan.ops.backend import requested_backend, resolve_backend, use_backend
 from fastgan.ops.gan_loss import gan_loss
 from fastgan.seeding import generator
@@ -120,8 +120,8 @@ class Engine:
             on logits.
         precision: ``fp32``, which computes in the dtype that the parameters have.
         capture: whether the step is captured in a CUDA graph; ``auto`` and False run it eagerly.
-        backend: ``auto``, ``reference``, or ``cpp`` on the CPU. ``auto`` takes for each op and shape
-            what measures fastest at the first step, and keeps to it: see
+        backend: ``auto``, ``reference``, or ``cpp`` on the CPU. ``auto`` takes for each op and
+            shape what measures fastest at the first step, and keeps to it: see
             :mod:`fastgan.ops.tuning`. A backend that is named raises for tensors that it cannot
             take, and leaves shapes for which it has no kernel to the reference.
         device: ``auto`` takes the accelerator that the parameters are on, else CUDA where there is
@@ -348,7 +348,7 @@ class Engine:
                 saved, has = ("without", "has one") if mine is not None else ("with", "has none")
                 raise InputError(f"state was saved {saved} {name}, this engine {has}")
         # Another way to compute the same would round otherwise.
-        tuning.adopt(state["choices"])
+        tuning.adopt(state.get("choices", {}))
         self.netG.load_state_dict(state["netG"])
         self.netD.load_state_dict(state["netD"])
         if self._ema:

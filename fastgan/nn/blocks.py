@@ -94,18 +94,20 @@ def run_block(block: Block, x: Tensor, groups: int) -> Tensor:
     """``block`` over ``x``, in which ``groups`` equal batches lie one after another."""
     convolution, batch_norm, activation, slope = block
     transposed = isinstance(convolution, nn.ConvTranspose2d)
-    sizes = {"stride": convolution.stride[0], "padding": int(convolution.padding[0])}
+    sizes: dict[str, Any] = {
+        "stride": convolution.stride[0],
+        "padding": int(convolution.padding[0]),
+    }
+    end: dict[str, Any] = {"activation": activation, "negative_slope": slope}
     weight, bias = convolution.weight, convolution.bias
-    act = {"activation": activation, "negative_slope": slope}
     if batch_norm is None:
-        return conv(x, weight, bias, transposed=transposed, **sizes, **act)
+        return conv(x, weight, bias, transposed=transposed, **sizes, **end)
     norm = batch_norm_arguments(batch_norm, groups)
     if norm is None:
         y = conv(x, weight, bias, transposed=transposed, **sizes)
-        y = _each_group(batch_norm, y, groups)
-        return ACTIVATIONS[activation](y, slope)
+        return ACTIVATIONS[activation](_each_group(batch_norm, y, groups), slope)
     fused = conv_transpose_bn_act if transposed else conv_bn_act
-    return fused(x, weight, bias, batch_norm.weight, batch_norm.bias, **norm, **sizes, **act)
+    return fused(x, weight, bias, batch_norm.weight, batch_norm.bias, **norm, **sizes, **end)
 
 
 def run_batch_norm(bn: nn.modules.batchnorm._BatchNorm, x: Tensor, groups: int) -> Tensor:

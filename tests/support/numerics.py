@@ -1,0 +1,57 @@
+"""How the numbers of an op are judged: against float64, by the norm of the error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgan.ops import cpp
+
+needs_kernels = pytest.mark.skipif(
+    bool(cpp.missing_reasons()), reason="; ".join(cpp.missing_reasons())
+)
+
+EPS = torch.finfo(torch.float32).eps
+WINOGRAD = 4e-6
+TIMES_TORCH = 4
+# Where torch's own error is next to nothing, as much as two roundings.
+FLOOR = 2 * EPS
+
+LAYOUTS = ("nchw", "nhwc", "strided")
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """``|got - want| / |want|``; that of zeros is 0 where they are exact."""
+    assert got.shape == want.shape
+    difference = (got.double() - want).norm()
+    return float(difference / want.norm()) if difference else 0.0
+
+
+def limit(torchs_own: Tensor, want: Tensor) -> float:
+    """What an op may have where torch's float32 result is ``torchs_own``."""
+    return max(TIMES_TORCH * error(torchs_own, want), FLOOR)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """A copy of ``x [N, C, H, W]``; ``strided`` lies in no dense order, with NaN between."""
+    if layout == "nchw":
+        return x.clone(memory_format=torch.contiguous_format)
+    if layout == "nhwc":
+        return x.clone(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    wider = torch.full((n, h, c + 1, 2 * w), torch.nan, dtype=x.dtype)
+    view = wider[:, :, 1:, ::2].permute(0, 2, 1, 3)
+    return view.copy_(x)
+
+
+def leaves(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    """Copies that gather gradients, laid out as they were."""
+    return [
+        None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for x in tensors
+    ]
+
+
+def away_from_kinks(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    """``dy`` without the elements whose ``z`` is so near to 0 that rounding decides its side."""
+    return dy if activation in ("none", "tanh") else dy * (z.abs() > 1e-4)

@@ -1,0 +1,299 @@
+"""The convolution: every kernel of it in every direction, and the op, against float64."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.numerics import (
+    LAYOUTS,
+    WINOGRAD,
+    away_from_kinks,
+    error,
+    laid_out,
+    leaves,
+    limit,
+    needs_kernels,
+)
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from fastgan.errors import InputError, NotBuiltError
+from fastgan.ops import conv as ops
+from fastgan.ops import cpp
+from fastgan.ops.activation import ACTIVATIONS
+from fastgan.ops.backend import use_backend
+from fastgan.ops.conv import conv
+
+WINOGRADS = ("winograd4", "winograd3", "winograd2")
+DIRECTIONS = ("fprop", "dgrad", "wgrad")
+
+
+class Sizes(NamedTuple):
+    """A convolution by its low side; the high side of a 4x4 stride-2 one is 2h x 2w."""
+
+    n: int
+    cl: int
+    h: int
+    w: int
+    ch: int
+    kernel: tuple[int, int] = (4, 4)
+    stride: int = 2
+    padding: int = 1
+
+    @property
+    def low(self):
+        return self.n, self.cl, self.h, self.w
+
+    @property
+    def high(self):
+        sides = zip((self.h, self.w), self.kernel, strict=True)
+        return self.n, self.ch, *((s - 1) * self.stride - 2 * self.padding + k for s, k in sides)
+
+    @property
+    def weight(self):
+        return self.cl, self.ch, *self.kernel
+
+    def ways(self):
+        """All that can compute it, whether or not they would be chosen."""
+        if self.padding == 0:
+            return ("matmul", "torch")
+        return (*WINOGRADS, *(["thin"] if self.ch <= 4 else []), "torch")
+
+    def problem(self, groups=0):
+        return ops._problem(self.low, self.high, self.weight, self.stride, self.padding, groups)
+
+
+def projection(n, cl, ch, kernel):
+    """The first layer of a generator, or the last of a discriminator."""
+    return Sizes(n, cl, 1, 1, ch, kernel, 1, 0)
+
+
+SMALL = (
+    Sizes(1, 1, 2, 2, 1),
+    Sizes(1, 5, 1, 1, 5),
+    Sizes(1, 3, 2, 9, 24),
+    Sizes(7, 3, 3, 5, 16),
+    Sizes(7, 24, 5, 4, 5),
+    Sizes(7, 16, 6, 7, 3),
+    Sizes(7, 5, 4, 4, 2),
+    Sizes(7, 100, 3, 3, 4),
+    Sizes(64, 16, 4, 4, 24),
+    Sizes(128, 5, 2, 3, 64),
+    Sizes(128, 3, 2, 2, 1),
+    projection(7, 100, 24, (4, 4)),
+    projection(64, 1, 16, (2, 3)),
+    projection(1, 5, 3, (7, 7)),
+)
+LARGE = (
+    Sizes(1, 512, 4, 4, 100),
+    Sizes(1, 64, 32, 32, 3),
+    Sizes(1, 16, 32, 32, 64),
+    Sizes(7, 100, 8, 4, 512),
+    Sizes(64, 64, 4, 4, 512),
+    Sizes(64, 24, 16, 16, 16),  # several chunks of the batch, and weights that are kept for all
+    Sizes(128, 64, 8, 8, 5),
+    Sizes(128, 100, 8, 8, 1),
+    projection(128, 100, 512, (4, 4)),
+)
+
+
+def ids(sizes):
+    return f"n{sizes.n}-low{sizes.cl}x{sizes.h}x{sizes.w}-high{sizes.ch}"
+
+
+def cases(all_sizes):
+    return [
+        pytest.param(sizes, way, id=f"{ids(sizes)}-{way}")
+        for sizes in all_sizes
+        for way in sizes.ways()
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def operands(sizes):
+    draw = torch.Generator().manual_seed(0)
+    return tuple(
+        laid_out(torch.randn(shape, generator=draw), "nhwc")
+        for shape in (sizes.low, sizes.high, sizes.weight)
+    )
+
+
+def torchs(direction, sizes, low, high, weight):
+    step = {"stride": sizes.stride, "padding": sizes.padding}
+    if direction == "fprop":
+        return F.conv2d(high, weight, **step)
+    if direction == "dgrad":
+        return F.conv_transpose2d(low, weight, **step)
+    return conv2d_weight(high, sizes.weight, low, **step)
+
+
+@functools.lru_cache(maxsize=3)
+def truth(direction, sizes):
+    """The result in float64, and torch's in float32."""
+    tensors = operands(sizes)
+    want = torchs(direction, sizes, *(x.double() for x in tensors))
+    return want, torchs(direction, sizes, *tensors)
+
+
+def run(way, direction, sizes, low, high, weight, epilogue=None, groups=0):
+    problem = sizes.problem(groups)
+    epilogue = epilogue or ops._Epilogue()
+    if direction == "fprop":
+        out = problem.low()
+        ops._run_fprop(way, problem, high, weight, out, epilogue)
+    elif direction == "dgrad":
+        out = problem.high()
+        ops._run_dgrad(way, problem, low, weight, out, epilogue)
+    else:
+        out = cpp.empty_images(*sizes.weight)
+        ops._run_wgrad(way, problem, low, high, out)
+    return out
+
+
+def check_kernel(sizes, way):
+    tensors = operands(sizes)
+    for direction in DIRECTIONS:
+        # What the kernels leave in their scratch memory must not matter to the next call.
+        run(way, direction, sizes, *(torch.full_like(x, torch.nan) for x in tensors))
+        got = run(way, direction, sizes, *tensors)
+        want, own = truth(direction, sizes)
+        allowed = WINOGRAD if way in WINOGRADS else limit(own, want)
+        assert error(got, want) <= allowed, direction
+
+
+@pytest.mark.parametrize("sizes", [Sizes(2, 3, 2, 3, 2), projection(2, 3, 2, (2, 3))], ids=ids)
+def test_torch_computes_the_formulas(sizes):
+    """The three of the module's docstring, term by term."""
+    low, high, weight = (x.double().numpy() for x in operands(sizes))
+    fprop, dgrad, wgrad = (np.zeros(shape) for shape in (sizes.low, sizes.high, sizes.weight))
+    for i, j, u, v in itertools.product(*map(range, (sizes.h, sizes.w, *sizes.kernel))):
+        y, x = sizes.stride * i + u - sizes.padding, sizes.stride * j + v - sizes.padding
+        if 0 <= y < sizes.high[2] and 0 <= x < sizes.high[3]:
+            fprop[..., i, j] += high[..., y, x] @ weight[..., u, v].T
+            dgrad[..., y, x] += low[..., i, j] @ weight[..., u, v]
+            wgrad[..., u, v] += low[..., i, j].T @ high[..., y, x]
+    for direction, want in zip(DIRECTIONS, (fprop, dgrad, wgrad), strict=True):
+        np.testing.assert_allclose(truth(direction, sizes)[0], want, rtol=1e-12, atol=1e-12)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("sizes", "way"), cases(SMALL + LARGE))
+def test_kernel(nan_outputs, sizes, way):
+    check_kernel(sizes, way)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(("sizes", "way"), cases(SMALL))
+def test_kernel_of_each_instruction_set(nan_outputs, use_isa, isa, sizes, way):
+    if isa not in cpp.kernels().isas():
+        pytest.skip(f"this CPU has no {isa}")
+    use_isa(isa)
+    check_kernel(sizes, way)
+
+
+EPILOGUES = (
+    Sizes(6, 5, 3, 5, 24),
+    Sizes(6, 24, 4, 4, 3),
+    Sizes(24, 16, 16, 16, 5),
+    projection(6, 5, 16, (4, 4)),
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize(("sizes", "way"), cases(EPILOGUES))
+def test_epilogue(nan_outputs, sizes, way, direction, activation):
+    tensors = operands(sizes)
+    groups = 3
+    transposed = direction == "dgrad"
+    channels = sizes.ch if transposed else sizes.cl
+    bias = torch.randn(channels, generator=torch.Generator().manual_seed(1))
+    stats = cpp.empty(sizes.problem(groups).stats_tiles(transposed), 3, channels)
+    epilogue = ops._Epilogue(bias, activation, 0.2, stats if len(stats) else None)
+    got = run(way, direction, sizes, *tensors, epilogue, groups)
+
+    def finish(y):
+        return ACTIVATIONS[activation](y + bias.to(y.dtype).view(1, -1, 1, 1), 0.2)
+
+    want, own = (finish(y) for y in truth(direction, sizes))
+    assert error(got, want) <= (WINOGRAD if way in WINOGRADS else limit(own, want))
+    if len(stats):
+        mean, var = merged(stats, groups)
+        for g, part in enumerate(got.double().chunk(groups)):
+            assert error(mean[g], part.mean((0, 2, 3))) < 1e-6
+            assert error(var[g], part.var((0, 2, 3), correction=0)) < 1e-6
+
+
+def merged(stats, groups):
+    mean, var = (torch.empty(groups, stats.shape[2]) for _ in range(2))
+    cpp.kernels().bn_merge(
+        groups,
+        len(stats) // groups,
+        stats.shape[2],
+        stats.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+    )
+    return mean, var
+
+
+@needs_kernels
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("way", [*WINOGRADS, "torch"])
+def test_statistics_of_a_large_mean_and_a_small_deviation(nan_outputs, way, direction):
+    sizes = Sizes(16, 16, 16, 16, 24)
+    low, high, weight = operands(sizes)
+    transposed = direction == "dgrad"
+    channels = sizes.ch if transposed else sizes.cl
+    scale = 1e-2 / truth(direction, sizes)[0].std()
+    stats = cpp.empty(sizes.problem(2).stats_tiles(transposed), 3, channels)
+    epilogue = ops._Epilogue(torch.full((channels,), 1e3), stats=stats)
+    y = run(way, direction, sizes, low, high, weight * scale.float(), epilogue, 2)
+    mean, var = merged(stats, 2)
+    for g, part in enumerate(y.double().chunk(2)):
+        assert error(mean[g], part.mean((0, 2, 3))) < 1e-7
+        assert error(var[g], part.var((0, 2, 3), correction=0)) < 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38], ids=["nan", "inf", "overflow"])
+@pytest.mark.parametrize(("sizes", "way"), cases([Sizes(3, 5, 9, 7, 24), Sizes(3, 24, 9, 7, 3)]))
+def test_what_is_not_finite(nan_outputs, sizes, way, value):
+    """Where torch's result is not finite ours is not; by Winograd some around it may not be."""
+    low, high, weight = (x.clone() for x in operands(sizes))
+    low[1, 2, 4, 3] = high[1, 2, 8, 7] = value
+    for direction in DIRECTIONS:
+        bad = ~torchs(direction, sizes, low, high, weight).isfinite()
+        got = ~run(way, direction, sizes, low, high, weight).isfinite()
+        assert bad.any()
+        assert got[bad].all(), direction
+        if direction == "wgrad":
+            # A channel of either side meets all of the other's.
+            may = torch.zeros_like(got)
+            may[2] = may[:, 2] = True
+        else:
+            reach = 11 if way in WINOGRADS else 1
+            may = F.max_pool2d(bad.float(), reach, 1, reach // 2).bool()
+        assert not got[~may].any(), direction
+
+
+# ------ the op
+
+
+def numbers(sizes, transposed, layout, activation, use_bias=True):
+    draw = torch.Generator().manual_seed(2)
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw)
+
+    x = laid_out(random(*(sizes.low if transposed else sizes.high)), layout)
+    y_shape = sizes.high if transposed else sizes.low
+    dy = laid_out(random(*y_shape), layout)
+    weight = laid_out(random(*sizes.weight), layout)
+    return x, weight, random(y_shape[1]) if use_bias else None, dy
