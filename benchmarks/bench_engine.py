@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 import math
 import statistics
 import time
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from fastgan.benchmarks import example_dcgan as example
-from fastgan.benchmarks.machine import synchronize
+from fastgan.benchmarks.machine import no_collection, synchronize
 from fastgan.benchmarks.plan import NZ, OTHERS, VARIANTS, Cell
 from torch import Tensor, nn
 
@@ -392,7 +391,7 @@ def _rounds(
     started = time.perf_counter()
     done = 0
     while _go_on(done, time.perf_counter() - started, effort):
-        with _no_collection():
+        with no_collection():
             for name, trainer in trainers.items():
                 say(f"round {done + 1}: {name}")
                 seconds[name].append(_take_turn(trainer, batches, effort.turn, device))
@@ -420,16 +419,6 @@ def _take_turn(
             break
     synchronize(device)
     return (time.perf_counter() - started) / steps
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _figures(name: str, seconds: dict[str, list[float]], cell: Cell) -> dict[str, Any]:

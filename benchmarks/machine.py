@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,6 +65,17 @@ def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Within this context nothing is collected, so that no turn pays for what others left."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _cpus() -> int:

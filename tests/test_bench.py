@@ -1,14 +1,30 @@
-"""``fastgan bench``: what it checks, what it writes, how it stops and goes on. No times here."""
+"""``fastgan bench``: what it checks, what it writes, how it stops and goes on; the benchmarks of
+single ops and the profile of a step: that there is a figure for what is right and for nothing else.
+No times here.
+"""
 
 import io
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastgan.benchmarks import bench_engine, machine, plan, report
+from fastgan.benchmarks import (
+    bench_block,
+    bench_bn_act,
+    bench_conv,
+    bench_engine,
+    bench_gan_loss,
+    machine,
+    plan,
+    profile_step,
+    report,
+    single_op,
+)
 from fastgan.benchmarks import example_dcgan as example
 from fastgan.benchmarks.bench_engine import Effort, Variant, engine_trainer, measure_cell
 from fastgan.benchmarks.plan import Cell
@@ -16,6 +32,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgan import Engine, cli
+from fastgan.errors import RunError
 
 CPU = torch.device("cpu")
 TINY = Cell(16, 1, 8, 4, 4)
@@ -379,3 +396,174 @@ def test_the_rates_of_the_machine(monkeypatch):
     rates = machine.measure(CPU)
     assert rates["sgemm_gflop_s"] == max(rates["sgemm_by_size"].values()) > 0
     assert rates["copy_gb_s"] > 0
+
+
+INNERMOST = {"side": 1, "stride": 1, "padding": 0}
+TINY_CONVS = [{"side": 3}, {"side": 4, "ch": 3}, INNERMOST]
+TINY_CASES = {
+    bench_bn_act: bench_bn_act.Case(4, 8, 6, 2, "relu"),
+    bench_gan_loss: bench_gan_loss.Case((8,), (1.0, 0.0)),
+    bench_block: bench_block.Case("D", 4, 16, 8, 6),
+}
+
+
+def tiny_conv(direction, sizes):
+    return bench_conv.Case(direction, **{"n": 2, "cl": 5, "ch": 8, **sizes})
+
+
+@pytest.mark.parametrize("direction", bench_conv.DIRECTIONS)
+@pytest.mark.parametrize("sizes", TINY_CONVS, ids=str)
+def test_every_way_of_a_convolution_gets_its_figures(sizes, direction):
+    case = tiny_conv(direction, sizes)
+    entry = bench_conv.measure(case, rounds=1)
+    assert tuple(entry["ways"]) == bench_conv.ways(case)
+    for way, figures in entry["ways"].items():
+        assert figures["ms"] is not None, f"{way} is wrong by {figures['error']:.1e}"
+    assert not entry["candidates"] or entry["chosen"] in entry["candidates"]
+    assert "x oneDNN" in entry["why"] or not entry["candidates"]
+    line = bench_conv.row(entry, bench_conv.speed_cell)
+    assert line.count("|") == bench_conv.header().splitlines()[0].count("|")
+    assert line.count(" ms, ") == len(entry["ways"])
+    json.dumps(entry, allow_nan=False)
+
+
+def test_the_convolutions_are_those_of_the_networks():
+    with FlopCounterMode(display=False) as counter:
+        for n, size, nc in ((1, 64, 3), (1, 28, 1)):
+            example.Generator(plan.NZ, 64, nc, size)(torch.randn(n, plan.NZ, 1, 1))
+    cases = [case for case in bench_conv.CASES if case.direction == "dgrad" and case.cl > 1]
+    of_64 = sum(case.gflop() / 64 for case in cases if case.n == 64)
+    of_28 = sum(case.gflop() / 128 for case in cases if case.side in (7, 14))
+    innermost_of_28 = 2e-9 * plan.NZ * 128 * 7 * 7
+    assert of_64 + of_28 + innermost_of_28 == pytest.approx(counter.get_total_flops() / 1e9)
+
+
+@pytest.mark.parametrize("module", TINY_CASES, ids=lambda module: module.__name__)
+def test_every_way_of_an_op_gets_its_figures(module):
+    case = TINY_CASES[module]
+    runs = {way: module.setup(case, way) for way in module.ways(case)}
+    for way, figures in single_op.compare(runs, module.truth(case), rounds=1).items():
+        assert figures.ms is not None, f"{way} is wrong by {figures.error:.1e}"
+
+
+def _nothing(right):
+    return [torch.empty_like(result).fill_(torch.nan) for result in right]
+
+
+def _a_missing_term(right):
+    return [result * 0.9 for result in right]
+
+
+@pytest.mark.parametrize("fault", [_nothing, _a_missing_term])
+@pytest.mark.parametrize("part", [0, -1])
+def test_a_wrong_way_gets_no_figure(fault, part):
+    case = TINY_CASES[bench_bn_act]
+    right = bench_bn_act.setup(case, "torch NHWC")
+
+    def wrong():
+        results = list(right())
+        results[part] = fault([results[part]])[0]
+        return results
+
+    truth = bench_bn_act.truth(case)
+    figures = single_op.compare({"right": right, "wrong": wrong}, truth, rounds=1)
+    assert figures["right"].ms is not None
+    assert figures["wrong"].ms is None and figures["wrong"].peak_bytes is None
+    with pytest.raises(RunError, match="no figure"):
+        single_op.speed(None, case, wrong, truth)
+
+
+def test_a_kernel_that_writes_nothing_does_not_pass_on_what_another_left():
+    memory = torch.ones(4)
+    assert np.isnan(single_op.error(lambda: [memory], [torch.ones(4).double()]))
+
+
+def test_a_wrong_convolution_has_no_number_in_the_table(monkeypatch):
+    case = tiny_conv("fprop", INNERMOST)
+    setup = bench_conv.setup
+
+    def wrong(case, way):
+        run = setup(case, way)
+        return (lambda: [run()[0] + 1]) if way == "oneDNN NCHW" else run
+
+    monkeypatch.setattr(bench_conv, "setup", wrong)
+    line = bench_conv.row(bench_conv.measure(case, rounds=1), bench_conv.speed_cell)
+    cells = line.split(" | ")
+    assert " ms, " in cells[2]
+    assert cells[3].startswith("wrong, ") and " ms" not in cells[3]
+    assert "oneDNN NCHW" not in cells[-1]
+
+
+@pytest.mark.skipif(not single_op._CLEAR_REFS.exists(), reason="the system does not tell")
+def test_the_memory_of_a_call_is_its_peak():
+    def run():
+        scratch = torch.ones(40 * 2**20, dtype=torch.uint8)
+        return [scratch[: 2**20].clone()]
+
+    assert single_op.peak_bytes(run) / 2**20 == pytest.approx(41, abs=4)
+
+
+def test_the_table_of_convolutions_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr(bench_conv, "CASES", (tiny_conv("fprop", {"side": 4}),))
+    bench_conv.main(["--rounds", "1"])
+    out = capsys.readouterr().out
+    assert out.count("| 5->8@4, batch 2 | fprop |") == 2  # times, and memory
+    bench_conv.main(["--rounds", "1", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["machine"] == machine.describe(CPU) and len(record["cases"]) == 1
+    with pytest.raises(SystemExit) as stopped:
+        bench_conv.main(["--only", "nothing"])
+    assert stopped.value.code == 2
+
+
+def test_pytest_runs_the_benchmarks_of_an_op():
+    root = Path(__file__).parents[1]
+    command = ["pytest", "benchmarks/bench_gan_loss.py", "--benchmark-only", "-k", "64 and G"]
+    brief = ["--benchmark-max-time", "0", "--benchmark-min-rounds", "1", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [sys.executable, "-m", *command, *brief], cwd=root, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
+    assert "test_speed[64 G, torch]" in result.stdout
+    assert "test_memory[64 G, torch]: " in result.stdout
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_the_profile_of_a_step(backend, by_shape):
+    cell = Cell(16, 1, 8, 8, 8)
+    record = profile_step.measure(cell, backend, steps=2, by_shape=by_shape)
+    rows = record["rows"]
+    assert sum(row["share"] for row in rows) == pytest.approx(1.0)
+    assert sum(row["ms"] for row in rows) == pytest.approx(record["profiled_step_ms"])
+    assert rows[-1]["op"].startswith("other (")
+    shares = [row["share"] for row in rows[:-1]]
+    assert shares == sorted(shares, reverse=True)
+    table = profile_step.table(record)
+    for row in rows:
+        assert row["op"] in table
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_profile_counts_the_flop_of_the_step(backend, monkeypatch):
+    monkeypatch.setattr(profile_step, "_LEAST_SHARE", 0.0)
+    cell = Cell(16, 1, 8, 8, 8)
+    rows = profile_step.measure(cell, backend, steps=2)["rows"]
+    gflop = sum(row["gflop_s"] * row["ms"] / 1e3 for row in rows if row["gflop_s"])
+    assert gflop == pytest.approx(cell.step_gflop())
+    adam = next(row for row in rows if row["op"] == "aten::_fused_adam_")
+    assert adam["calls"] == 2 and adam["gb_s"] > 0 and adam["of_limit"] > 0
+
+
+def test_the_profile_is_printed(capsys):
+    tiny = [*map(str, TINY_FLAGS), "--steps", "1"]
+    profile_step.main(tiny)
+    out = capsys.readouterr().out
+    assert str(TINY) in out and "without the profiler a step takes" in out
+    profile_step.main([*tiny, "--json"])
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+    for wrong in (["--image-size", "30"], ["--steps", "0"], ["--backend", "abacus"]):
+        with pytest.raises(SystemExit) as stopped:
+            profile_step.main(wrong)
+        assert stopped.value.code == 2

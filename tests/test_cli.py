@@ -13,11 +13,16 @@ import pytest
 import torch
 from fastgan.benchmarks import example_dcgan as example
 from PIL import Image
+from support.numerics import needs_kernels
 from support.runs import fastgan, run_small
 
 from fastgan import Engine, cli
 from fastgan.cli import train as train_command
 from fastgan.data import sources
+from fastgan.errors import InputError
+from fastgan.machine import cache_folder
+from fastgan.ops import cpp, tuning
+from fastgan.ops.backend import BACKENDS, unsupported_reasons
 
 
 @pytest.fixture
@@ -78,9 +83,46 @@ def test_doctor(capsys, monkeypatch):
     assert re.search(r"reference +yes", out)
     assert re.search(r"triton +no: ", out)
     assert torch.__version__.split("+")[0] in out
+    assert f"cache: {cache_folder()}\n" in out
     monkeypatch.setenv("FASTGAN_BACKEND", "bogus")
     code, out, err = call(capsys, "doctor")
-    assert (code, err) == (0, "") and "'bogus'" in out
+    assert (code, err) == (0, "") and re.search(r"auto +no: .*'bogus'", out)
+    monkeypatch.setenv("FASTGAN_BACKEND", "reference")
+    assert "reference, by FASTGAN_BACKEND" in call(capsys, "doctor")[1]
+
+
+@needs_kernels
+def test_doctor_on_the_kernels(capsys):
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0 and re.search(r"cpp +yes", out)
+    table = re.search(r"^ops: +(.*\n)((?:  \w+ .*\n)+)", out, re.MULTILINE)
+    assert table[1].split() == list(BACKENDS)
+    cells = {op: cells for op, *cells in map(str.split, table[2].splitlines())}
+    assert set(cells) == {"conv", "bn_act", "gan_loss", "augment"}
+    for op, row in cells.items():
+        assert row == ["no" if unsupported_reasons(op, name) else "yes" for name in BACKENDS]
+    assert "cpp: augment has no C++ kernel" in out
+    assert f"C++ kernels: for {cpp.kernels().isa()}" in out
+    path = tuning.tuning_file()
+    assert f"measured choices: 0 in {path}" in out
+    path.write_text('{"a": {"torch": 1.0}, "b": {"torch": 2.0}}')
+    assert f"measured choices: 2 in {path}" in call(capsys, "doctor")[1]
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [(["no compiler"], "no: no compiler"), (InputError("FASTGAN_CPU_ISA='x'"), "no: FASTGAN_CPU")],
+)
+def test_doctor_without_kernels(capsys, monkeypatch, reason, said):
+    def missing():
+        if isinstance(reason, Exception):
+            raise reason
+        return reason
+
+    monkeypatch.setattr(cpp, "missing_reasons", missing)
+    code, out, err = call(capsys, "doctor")
+    assert (code, err) == (0, "") and said in out
+    assert re.search(r"conv +yes +no +no +no\n", out) and "C++ kernels: for" not in out
 
 
 def test_train_from_the_command_line_and_again(tmp_path, array_file, capsys, monkeypatch):

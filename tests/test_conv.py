@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +95,9 @@ LARGE = (
     Sizes(1, 16, 32, 32, 64),
     Sizes(7, 100, 8, 4, 512),
     Sizes(64, 64, 4, 4, 512),
-    Sizes(64, 24, 16, 16, 16),  # several chunks of the batch, and weights that are kept for all
+    Sizes(64, 512, 4, 4, 64),
+    Sizes(64, 16, 32, 32, 5),  # several chunks of the batch, and weights that are kept for all
+    Sizes(64, 16, 32, 32, 3),
     Sizes(128, 64, 8, 8, 5),
     Sizes(128, 100, 8, 8, 1),
     projection(128, 100, 512, (4, 4)),
@@ -278,22 +281,272 @@ def test_what_is_not_finite(nan_outputs, sizes, way, value):
             may = torch.zeros_like(got)
             may[2] = may[:, 2] = True
         else:
-            reach = 11 if way in WINOGRADS else 1
-            may = F.max_pool2d(bad.float(), reach, 1, reach // 2).bool()
+            # A tile has all channels, and up to 10 pixels a side.
+            may = bad
+            if way in WINOGRADS:
+                may = F.max_pool2d(bad.any(1, keepdim=True).float(), 19, 1, 9).bool()
+            may = may.expand_as(got)
         assert not got[~may].any(), direction
 
 
-# ------ the op
+OP_SIZES = (
+    Sizes(1, 3, 2, 9, 24),
+    Sizes(7, 24, 5, 4, 5),
+    Sizes(7, 16, 6, 7, 3),
+    Sizes(64, 16, 4, 4, 64),
+    Sizes(128, 5, 2, 3, 1),
+    Sizes(7, 16, 16, 16, 16),
+    Sizes(1, 100, 2, 2, 512),
+    projection(7, 24, 5, (4, 4)),
+    Sizes(2, 3, 5, 6, 4, (3, 3), 1, 1),  # torch's
+)
 
 
-def numbers(sizes, transposed, layout, activation, use_bias=True):
+def winograd_bound(sizes):
+    return sizes.kernel == (4, 4) and sizes.stride == 2 and sizes.ch > 4
+
+
+def check_op(sizes, transposed, activation, layout, backend):
+    inner, outer = (sizes.low, sizes.high) if transposed else (sizes.high, sizes.low)
     draw = torch.Generator().manual_seed(2)
+    x, weight, dy = (
+        laid_out(torch.randn(shape, generator=draw), layout)
+        for shape in (inner, sizes.weight, outer)
+    )
+    # Before a tanh of about unit variance: where it saturates, its slope is all rounding.
+    terms = math.prod(sizes.kernel) * inner[1] / (sizes.stride**2 if transposed else 1)
+    weight /= math.sqrt(terms)
+    bias = torch.randn(outer[1], generator=draw)
+    step = {"stride": sizes.stride, "padding": sizes.padding, "transposed": transposed}
+    z = conv(x.double(), weight.double(), bias.double(), **step)
+    dy = away_from_kinks(dy, z, activation)
 
-    def random(*shape):
-        return torch.randn(shape, generator=draw)
+    def results(backend, dtype):
+        arguments = leaves(x, weight, bias, dtype=dtype)
+        with use_backend(backend):
+            y = conv(*arguments, **step, activation=activation)
+            y.backward(dy.to(dtype))
+        return y.detach(), *(tensor.grad for tensor in arguments)
 
-    x = laid_out(random(*(sizes.low if transposed else sizes.high)), layout)
-    y_shape = sizes.high if transposed else sizes.low
-    dy = laid_out(random(*y_shape), layout)
-    weight = laid_out(random(*sizes.weight), layout)
-    return x, weight, random(y_shape[1]) if use_bias else None, dy
+    want, own = results("reference", torch.float64), results("reference", torch.float32)
+    got = results(backend, torch.float32)
+    for name, g, w, o in zip(("y", "dx", "dweight", "dbias"), got, want, own, strict=True):
+        allowed = limit(o, w)
+        if winograd_bound(sizes):
+            allowed = max(allowed, WINOGRAD)
+        assert g.dtype == torch.float32
+        assert error(g, w) <= allowed, name
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("sizes", OP_SIZES, ids=ids)
+@pytest.mark.parametrize("backend", ["cpp", "auto"])
+def test_op(nan_outputs, backend, sizes, transposed, layout):
+    check_op(sizes, transposed, "tanh", layout, backend)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("sizes", [OP_SIZES[1], OP_SIZES[2], OP_SIZES[-2]], ids=ids)
+def test_op_with_each_activation(nan_outputs, sizes, transposed, activation):
+    check_op(sizes, transposed, activation, "nhwc", "cpp")
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("count", [1, 15, 16, 100])
+def test_act_backward(nan_outputs, activation, count):
+    draw = torch.Generator().manual_seed(0)
+    x, dy = (3 * torch.randn(1, count, 1, 3, generator=draw) for _ in range(2))
+    x[0, 0, 0, 0] = 0.0
+    leaf, leaf64 = x.clone().requires_grad_(), x.double().requires_grad_()
+    y = ACTIVATIONS[activation](leaf, 0.2)
+    y.backward(dy)
+    ACTIVATIONS[activation](leaf64, 0.2).backward(dy.double())
+    got = ops.act_backward(dy, y.detach(), activation, 0.2)
+    assert error(got, leaf64.grad) <= limit(leaf.grad, leaf64.grad)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize(("sizes", "way"), cases([Sizes(2, 5, 3, 3, 24), Sizes(2, 24, 3, 3, 3)]))
+def test_activations_of_what_is_not_finite(nan_outputs, sizes, way, direction, activation):
+    low, high, weight = operands(sizes)
+    bias = torch.zeros(sizes.cl if direction == "fprop" else sizes.ch)
+    bias[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    z = truth(direction, sizes)[1] + bias.view(1, -1, 1, 1)
+    z.requires_grad_()
+    want = ACTIVATIONS[activation](z, 0.2)
+    got = run(way, direction, sizes, low, high, weight, ops._Epilogue(bias, activation, 0.2), 1)
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-3, atol=1e-3)
+
+    dy = torch.ones_like(want)
+    dy[0] = torch.nan
+    want.backward(dy)
+    dz = ops.act_backward(dy, want.detach(), activation, 0.2)
+    torch.testing.assert_close(dz, z.grad, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bias": torch.zeros(5)},
+        {"bias": torch.zeros(7)},
+        {"bias": torch.zeros(())},
+        {"weight": torch.zeros(6, 4, 4, 4)},
+        {"x": torch.zeros(2, 3, 8)},
+        {"stride": 0},
+        {"padding": -1},
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_as_torch_does(backend, arguments):
+    usual = {"x": torch.zeros(2, 5, 8, 8), "weight": torch.zeros(6, 5, 4, 4), "bias": None}
+    with use_backend(backend):
+        conv(**usual, stride=2, padding=1)
+        with pytest.raises(RuntimeError):
+            conv(**{**usual, "stride": 2, "padding": 1, **arguments})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_unknown_activation_is_refused(backend):
+    with use_backend(backend), pytest.raises(InputError, match="'sin'"):
+        conv(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), activation="sin")
+
+
+def reproducible(sizes, backend="cpp"):
+    """All that one forward and backward pass in either direction writes."""
+    results = []
+    for transposed in (False, True):
+        inner, outer = (sizes.low, sizes.high) if transposed else (sizes.high, sizes.low)
+        draw = torch.Generator().manual_seed(3)
+        x, weight, dy = (torch.randn(s, generator=draw) for s in (inner, sizes.weight, outer))
+        x, weight, bias = leaves(x, weight, torch.ones(outer[1]))
+        step = {"stride": sizes.stride, "padding": sizes.padding}
+        with use_backend(backend):
+            y = conv(x, weight, bias, **step, transposed=transposed, activation="leaky_relu")
+            y.backward(dy)
+        results += [y.detach(), x.grad, weight.grad, bias.grad]
+    return results
+
+
+REPEATED = (
+    Sizes(64, 16, 8, 8, 24),
+    Sizes(9, 40, 6, 6, 20),
+    Sizes(17, 24, 8, 8, 3),
+    projection(16, 100, 24, (4, 4)),
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("sizes", REPEATED, ids=ids)
+def test_twenty_repeats_agree_bit_for_bit(threads, sizes, count):
+    threads(count)
+    first = reproducible(sizes)
+    for _ in range(19):
+        assert all(map(torch.equal, reproducible(sizes), first))
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", REPEATED, ids=ids)
+def test_thread_counts_agree_to_rounding(threads, sizes):
+    threads(1)
+    want = reproducible(sizes)
+    for count in (2, 4):
+        threads(count)
+        for g, w in zip(reproducible(sizes), want, strict=True):
+            assert error(g, w.double()) <= WINOGRAD
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [OP_SIZES[1], OP_SIZES[2], OP_SIZES[-2]], ids=ids)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("activation", ["none", "tanh"])
+@pytest.mark.parametrize("groups", [0, 1])
+def test_opcheck_of_the_forward(sizes, transposed, activation, groups):
+    x, weight = (
+        torch.randn(shape, requires_grad=True)
+        for shape in (sizes.low if transposed else sizes.high, sizes.weight)
+    )
+    bias = torch.randn(sizes.ch if transposed else sizes.cl, requires_grad=True)
+    step = sizes.stride, sizes.padding
+    torch.library.opcheck(
+        ops.conv_forward, (x, weight, bias, *step, transposed, activation, 0.2, groups, "cpp")
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [OP_SIZES[1], OP_SIZES[2], OP_SIZES[-2]], ids=ids)
+def test_opcheck_of_the_gradients(sizes):
+    low, high = torch.randn(sizes.low), torch.randn(sizes.high)
+    step = sizes.stride, sizes.padding
+    torch.library.opcheck(ops.conv_wgrad, (low, high, list(sizes.kernel), *step, "cpp"))
+    torch.library.opcheck(ops.act_backward, (low, low.tanh(), "tanh", 0.0))
+
+
+@needs_kernels
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("activation", ["none", "tanh"])
+def test_a_double_backward_raises_or_is_right(transposed, activation):
+    """Where a gradient of a gradient comes back, it is the reference's."""
+    sizes = Sizes(2, 3, 4, 4, 6)
+    x, weight = torch.randn(sizes.low if transposed else sizes.high), torch.randn(sizes.weight)
+
+    def second_gradients(backend):
+        leaf, parameter = leaves(x, 0.1 * weight)
+        with use_backend(backend):
+            y = conv(
+                leaf, parameter, stride=2, padding=1, transposed=transposed, activation=activation
+            )
+            dx, dweight = torch.autograd.grad(y.square().sum(), (leaf, parameter), create_graph=True)
+            for first in (dx, dweight):
+                yield torch.autograd.grad(
+                    first.square().sum(), (leaf, parameter), retain_graph=True
+                )
+
+    want = second_gradients("reference")
+    got = second_gradients("cpp")
+    for expected in want:
+        try:
+            found = next(got)
+        except RuntimeError:
+            return
+        for g, w in zip(found, expected, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [OP_SIZES[1], OP_SIZES[2], OP_SIZES[-2]], ids=ids)
+def test_compiled_whole(sizes):
+    x, weight = torch.randn(sizes.high, requires_grad=True), torch.randn(sizes.weight)
+
+    def step(x, weight):
+        y = conv(x, weight, stride=sizes.stride, padding=sizes.padding, activation="leaky_relu")
+        return conv(
+            y, weight, stride=sizes.stride, padding=sizes.padding, transposed=True
+        ).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with use_backend("cpp"):
+        (want,) = torch.autograd.grad(step(x, weight), x)
+        (got,) = torch.autograd.grad(compiled(x, weight), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_float64_is_the_references():
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((2, 5, 8, 8), (6, 5, 4, 4)))
+    assert torch.equal(conv(x, weight, stride=2, padding=1), F.conv2d(x, weight, None, 2, 1))
+
+
+@needs_kernels
+def test_float64_is_refused_by_a_named_backend():
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((2, 5, 8, 8), (6, 5, 4, 4)))
+    with use_backend("cpp"), pytest.raises(NotBuiltError, match="float64"):
+        conv(x, weight, stride=2, padding=1)

@@ -10,15 +10,18 @@ from fastgan.benchmarks import example_dcgan as example
 from torch import nn
 
 from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, ImageSet, Loader
+from fastgan.engine.adam import Adam
 from fastgan.engine.d_output import DiscriminatorOutput
 from fastgan.errors import InputError, NotBuiltError
+from fastgan.ops import cpp, tuning
+from fastgan.ops.backend import machine_reasons
 
 SIZE, NZ = 16, 6
 
 
-def make(**kwargs):
+def make(channels=4, **kwargs):
     torch.manual_seed(0)
-    netG, netD = DCGANGenerator(NZ, 4, 1, SIZE), DCGANDiscriminator(4, 1, SIZE)
+    netG, netD = DCGANGenerator(NZ, channels, 1, SIZE), DCGANDiscriminator(channels, 1, SIZE)
     return Engine(netG, netD, device="cpu", **kwargs)
 
 
@@ -77,7 +80,8 @@ def test_sampling_does_not_change_training():
         watched.sample(5, ema=False)
     assert watched.netG.training
     want, got = plain.state_dict(), watched.state_dict()
-    want.pop("sample_generator"), got.pop("sample_generator")
+    for of_sampling in ("sample_generator", "choices"):
+        want.pop(of_sampling), got.pop(of_sampling)
     assert_same(want, got)
 
 
@@ -620,3 +624,104 @@ def test_parameters_and_activations_are_channels_last():
     engine.step(real())
     assert engine.netD.main[2].weight.is_contiguous(memory_format=torch.channels_last)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+needs_cpp = pytest.mark.skipif(bool(machine_reasons("cpp")), reason="no C++ kernels here")
+
+
+@pytest.fixture
+def prefer(monkeypatch, tmp_path):
+    """A machine that finds the way of a given name the fastest, and has measured nothing before."""
+
+    def start(way):
+        def measured(ways):
+            return {name: float(name != way) for name in ways}
+
+        monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / way))
+        monkeypatch.setattr(tuning, "_times", {})
+        monkeypatch.setattr(tuning, "_measure", measured)
+
+    return start
+
+
+@needs_cpp
+def test_a_resume_takes_the_ways_of_the_run_and_not_of_the_machine(prefer):
+    def steps(engine, first, last):
+        for i in range(first, last):
+            engine.step(real(seed=i))
+        return engine.state_dict()
+
+    prefer("winograd2")
+    engine = make(channels=8, seed=1)
+    steps(engine, 0, 2)
+    state = copy.deepcopy(engine.state_dict())
+    whole = steps(engine, 2, 5)
+    assert any("winograd2" in times for times in state["choices"].values())
+
+    prefer("winograd4")
+    resumed = make(channels=8, seed=2)
+    resumed.load_state_dict(state)
+    assert_same(steps(resumed, 2, 5), whole)
+
+    other = make(channels=8, seed=2)
+    other.load_state_dict({**state, "choices": {}})
+    assert not torch.equal(
+        steps(other, 2, 5)["netG"]["main.3.weight"], whole["netG"]["main.3.weight"]
+    )
+
+
+@needs_cpp
+def test_the_gradients_of_a_step_are_float64s():
+    """Of a whole step, on every weight: float32 on the C++ kernels against float64."""
+    torch.manual_seed(0)
+    netG, netD = DCGANGenerator(NZ, 16, 3, 32), DCGANDiscriminator(16, 3, 32)
+    x, z = torch.rand(8, 3, 32, 32) * 2 - 1, torch.randn(8, NZ, 1, 1)
+
+    def gradients(backend, dtype):
+        nets = (copy.deepcopy(netG).to(dtype), copy.deepcopy(netD).to(dtype))
+        # Without a step of D's the two see the same G(z): what is left is rounding.
+        engine = Engine(*nets, device="cpu", backend=backend, lr=1e-30)
+        engine.step(x.to(dtype), noise=z.to(dtype))
+        return [p.grad.double() for net in nets for p in net.parameters()]
+
+    truth = gradients("reference", torch.float64)
+    own, torchs = gradients("cpp", torch.float32), gradients("reference", torch.float32)
+
+    def errors(found):
+        return [((f - t).norm() / t.norm()).item() for f, t in zip(found, truth, strict=True)]
+
+    # Winograd's own error is below 4e-6, and goes through up to a dozen layers.
+    for mine, theirs in zip(errors(own), errors(torchs), strict=True):
+        assert mine < max(4.0 * theirs, 5e-5)
+
+
+@needs_cpp
+def test_adam_takes_weights_in_any_memory_format():
+    """What torch's gives for the same numbers in the ordinary format."""
+
+    def run(optimizer, memory_format):
+        w = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+        p = nn.Parameter(w.to(memory_format=memory_format))
+        rate = torch.tensor(1e-2, dtype=torch.float64)
+        step = optimizer([p], lr=rate, fused=True, capturable=True)
+        for i in range(3):
+            draw = torch.Generator().manual_seed(i + 1)
+            p.grad = torch.randn(p.shape, generator=draw).to(memory_format=memory_format)
+            step.step()
+        moments = step.state_dict()["state"][0]
+        return [p.detach(), moments["exp_avg"], moments["exp_avg_sq"]]
+
+    want = run(torch.optim.Adam, torch.contiguous_format)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for got, expected in zip(run(Adam, memory_format), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+@needs_cpp
+def test_the_memory_of_a_step_does_not_grow():
+    engine = make(backend="cpp")
+    held = []
+    for i in range(6):
+        engine.step(real(seed=i))
+        held.append(cpp.kernels().held_bytes())
+    assert held[2] == held[-1]

@@ -1,12 +1,13 @@
-"""The engine against a transcription of the example's loop, in float64."""
+"""The engine against a transcription of the example's loop, in float64; cpp against reference."""
 
 import copy
 
 import pytest
 import torch
 from fastgan.benchmarks import example_dcgan as example
+from support import training_parity
 
-from fastgan import DCGANDiscriminator, DCGANGenerator, Engine
+from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, load_images
 
 STEPS = 20
 NZ, NGF, NDF = 12, 6, 6
@@ -87,3 +88,10 @@ def test_the_examples_own_networks(truth, fuse_passes):
     for got, want in ((netG, want_g), (netD, want_d)):
         for g, w in zip(got.state_dict().values(), want.state_dict().values(), strict=True):
             assert relative_error(g, w) < 1e-9
+
+
+def test_cpp_trains_as_the_reference_does():
+    """Loss curves of 200 steps on images, by the yardstick of support/training_parity.py."""
+    digits = load_images("digits", image_size=64)
+    found = training_parity.measure(digits, size=64, channels=8, batch=8, steps=200)
+    assert found.within, found

@@ -22,6 +22,7 @@ from fastgan import build_model, register_model
 from fastgan.engine.engine import Engine
 from fastgan.errors import InputError, RunError
 from fastgan.files import replace_file
+from fastgan.ops.backend import machine_reasons
 from fastgan.train import checkpoint, loop
 from fastgan.train.config import TrainConfig
 from fastgan.train.run import RunFolder
@@ -450,11 +451,13 @@ def test_a_signal_at_any_point_of_an_iteration(tmp_path, monkeypatch, moment):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_five_kills_and_as_many_resumes(capfd):
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_kills_and_as_many_resumes(backend):
+    if machine_reasons(backend):
+        pytest.skip("no C++ kernels here")
     script = Path(kill_and_resume.__file__)
-    result = subprocess.run(
-        [sys.executable, script, "--kills", "5"], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, script, "--kills", "3", "--backend", backend]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "equal to the bit" in result.stdout
 

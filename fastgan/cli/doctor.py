@@ -7,12 +7,13 @@ import importlib.metadata
 import os
 import platform
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 from fastgan._version import __version__
 from fastgan.cli import DONE
 from fastgan.cli.parse import parse
 from fastgan.errors import InputError, NotBuiltError
+from fastgan.machine import cache_folder, cpu_name
 
 _PACKAGES = (
     "torch",
@@ -25,6 +26,13 @@ _PACKAGES = (
     "tyro",
     "h5py",
 )
+_OPS = ("conv", "bn_act", "gan_loss", "augment")
+_CONV = """\
+  conv has C++ kernels for
+    4x4, stride 2, padding 1, one side twice the other: Winograd with tiles of 4 and 2, and of 3
+      where the low side is a multiple of 3; direct where the high side has up to 4 channels
+    a side of 1x1, no padding: a matrix product
+  and leaves other shapes to torch"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +46,8 @@ def run(argv: list[str]) -> int:
 
     import torch
 
-    from fastgan.data.images import default_cache
-    from fastgan.ops.backend import BACKENDS, resolve_backend, unsupported_reasons
-
     print(f"fastgan {__version__}, Python {platform.python_version()}, {sys.platform}")
-    print(
-        f"CPU: {_cpu_name()}, {os.cpu_count()} CPUs, torch uses {torch.get_num_threads()} threads"
-    )
+    print(f"CPU: {cpu_name()}, {os.cpu_count()} CPUs, torch uses {torch.get_num_threads()} threads")
     print(f"     instruction set that torch uses: {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -59,23 +62,59 @@ def run(argv: list[str]) -> int:
             print(f"  {name:<12}{importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"  {name:<12}not installed")
-    print("backends:")
-    for name in BACKENDS:
-        reasons = unsupported_reasons(name)
-        print(f"  {name:<12}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
-    try:
-        print(f"  {'auto':<12}takes {resolve_backend('auto')}")
-    except (InputError, NotBuiltError) as error:
-        print(f"  {'auto':<12}{error}")
-    print(f"image cache: {default_cache()}")
+    _print_backends()
+    _print_kernels()
+    print(f"cache: {cache_folder()}")
     return DONE
 
 
-def _cpu_name() -> str:
+def _print_backends() -> None:
+    from fastgan.ops.backend import BACKENDS, machine_reasons, resolve_backend, unsupported_reasons
+
+    print("backends:")
+    for name in BACKENDS:
+        reasons = _or_complaint(machine_reasons, name)
+        print(f"  {name:<12}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        auto = resolve_backend("auto")
+    except (InputError, NotBuiltError) as error:
+        print(f"  {'auto':<12}no: {error}")
+    else:
+        measured = "for each op and shape, what measures fastest at the first step"
+        print(f"  {'auto':<12}{measured if auto == 'auto' else f'{auto}, by FASTGAN_BACKEND'}")
+
+    print(f"{'ops:':<12}{''.join(f'{name:<12}' for name in BACKENDS)}".rstrip())
+    notes = []
+    for op in _OPS:
+        row = f"  {op:<10}"
+        for name in BACKENDS:
+            reasons = _or_complaint(unsupported_reasons, op, name)
+            row += f"{'no' if reasons else 'yes':<12}"
+            # What a backend lacks altogether is said above.
+            if reasons and reasons != _or_complaint(machine_reasons, name):
+                notes.append(f"  {name}: {'; '.join(reasons)}")
+        print(row.rstrip())
+    for note in notes:
+        print(note)
+
+
+def _print_kernels() -> None:
+    from fastgan.ops import cpp, tuning
+
+    if _or_complaint(cpp.missing_reasons):
+        return
+    kernels = cpp.kernels()
+    used = kernels.isa()
+    others = ", ".join(name for name in kernels.isas() if name != used)
+    print(f"C++ kernels: for {used}" + (f"; FASTGAN_CPU_ISA can name {others}" if others else ""))
+    print(_CONV)
+    path = tuning.tuning_file()
+    print(f"  measured choices: {len(tuning._read(path))} in {path}")
+
+
+def _or_complaint(reasons: Callable[..., list[str]], *args: str) -> list[str]:
+    """What ``reasons`` returns, or what it says of an environment variable with a wrong value."""
+    try:
+        return reasons(*args)
+    except InputError as error:
+        return [str(error)]

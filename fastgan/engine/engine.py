@@ -177,6 +177,7 @@ class Engine:
         self.loss = loss
         self.n_d = n_d
         self.backend = requested_backend() if backend == "auto" else resolve_backend(backend)
+        self._choices: tuning.Times = {}
         self.fuse_passes = fuse_passes
         self.device = resolve_device(device, netG)
         self.netG = _place(netG, self.device)
@@ -203,7 +204,7 @@ class Engine:
             return None
         draw = generator(0, "calibrate", device=self.device)
         noise = (self.draw_noise(64, draw) for _ in range(8))
-        with use_backend(self.backend):
+        with self._running():
             self._ema.calibrate(noise)
         return self._ema.module
 
@@ -243,7 +244,7 @@ class Engine:
         _refuse_labels(labels=labels, fake_labels=fake_labels)
         batches = self._batches(real)
         zs = [None] * self.n_d if noise is None else self._split("noise", noise)
-        with use_backend(self.backend):
+        with self._running():
             for i, (batch, z) in enumerate(zip(batches, zs, strict=True)):
                 x = self._prepare(batch)
                 # Only the last fake batch goes on to update G.
@@ -265,7 +266,7 @@ class Engine:
     ) -> DStats:
         """One update of D on ``real [N, ...]`` and on as many fresh samples of G."""
         _refuse_labels(labels=labels, fake_labels=fake_labels)
-        with use_backend(self.backend):
+        with self._running():
             x = self._prepare(real)
             with torch.no_grad():
                 fake = self._fake(len(x), noise)
@@ -283,7 +284,7 @@ class Engine:
         count = len(noise) if noise is not None else int(n or 0)
         if count < 1:
             raise InputError(f"n={count} must be at least 1")
-        with use_backend(self.backend):
+        with self._running():
             self._prepare_networks()
             return self._update_g(self._fake(count, noise))
 
@@ -305,7 +306,7 @@ class Engine:
         if len(noise) != n:
             raise InputError(f"noise has {len(noise)} rows; n={n} samples need as many")
         averaged = self.ema_module if ema else None
-        with use_backend(self.backend):
+        with self._running():
             return sample(averaged or self.netG, noise.to(self.device, self._dtype))
 
     def draw_noise(self, n: int, generator: torch.Generator) -> Tensor:
@@ -331,7 +332,7 @@ class Engine:
             "sample_generator": self._sample_generator.get_state(),
             "device": self.device.type,
             "steps": self.steps,
-            "choices": tuning.snapshot(),
+            "choices": copy.deepcopy(self._choices),
             "loader": self._loader.state_dict() if self._loader is not None else None,
         }
 
@@ -348,7 +349,7 @@ class Engine:
                 saved, has = ("without", "has one") if mine is not None else ("with", "has none")
                 raise InputError(f"state was saved {saved} {name}, this engine {has}")
         # Another way to compute the same would round otherwise.
-        tuning.adopt(state.get("choices", {}))
+        self._choices.update(copy.deepcopy(state.get("choices", {})))
         self.netG.load_state_dict(state["netG"])
         self.netD.load_state_dict(state["netD"])
         if self._ema:
@@ -369,6 +370,12 @@ class Engine:
             self._seed_generators(self.steps)
         if self._loader is not None:
             self._loader.load_state_dict(state["loader"])
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Whatever runs a network of this engine does so on its backend, by its choices."""
+        with use_backend(self.backend), tuning.use_choices(self._choices):
+            yield
 
     def _seed_generators(self, steps: int) -> None:
         self.generator = generator(self.seed, "noise", steps, self.device)

@@ -1,19 +1,21 @@
 """Measured choices between the ways to compute one thing.
 
 The first time a shape is met, every way is timed on it; the times are kept for this process, and on
-disk for the machine, so that the next run takes the same ways and computes the same numbers. A
-checkpoint carries those that its run used (:func:`snapshot`), and a resume takes them over
-(:func:`adopt`) wherever it runs.
+disk for the machine, so that the next run takes the same ways and computes the same numbers. An
+engine keeps those that it met for itself (:func:`use_choices`): its checkpoints carry them, and a
+resume takes the same ways whatever the machine measures then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -30,6 +32,8 @@ _ROUNDS = 4
 # Milliseconds of each way, by problem.
 Times = dict[str, dict[str, float]]
 
+_choices: ContextVar[Times | None] = ContextVar("fastgan_choices", default=None)
+
 _lock = threading.RLock()
 _times: Times = {}
 _loaded: set[Path] = set()
@@ -45,8 +49,37 @@ def fastest(problem: str, ways: dict[str, Callable[[], object]], among: Sequence
     """
     if len(among) == 1:
         return among[0]
+    own = _choices.get()
+    times = own.get(problem, {}) if own is not None else {}
+    if not all(name in times for name in among):
+        times = _lookup(problem, ways, among)
+        if own is not None:
+            own[problem] = times
+    return min(among, key=times.__getitem__)
+
+
+@contextlib.contextmanager
+def use_choices(choices: Times) -> Iterator[None]:
+    """Within this context choices are taken from ``choices`` first, and those made added to it."""
+    token = _choices.set(choices)
+    try:
+        yield
+    finally:
+        _choices.reset(token)
+
+
+def tuning_file() -> Path:
+    """Where this machine's times are kept: a JSON file by CPU, instruction set and versions."""
+    isa = cpp.kernels().isa() if not cpp.missing_reasons() else "none"
+    machine = f"{cpu_name()} {isa} torch {torch.__version__} fastgan {__version__}"
+    return cache_folder() / f"tuning-{hashlib.sha256(machine.encode()).hexdigest()[:12]}.json"
+
+
+def _lookup(
+    problem: str, ways: dict[str, Callable[[], object]], among: Sequence[str]
+) -> dict[str, float]:
     with _lock:
-        path = _path()
+        path = tuning_file()
         if path not in _loaded:
             _loaded.add(path)
             for known, times in _read(path).items():
@@ -56,19 +89,7 @@ def fastest(problem: str, ways: dict[str, Callable[[], object]], among: Sequence
             times = _measure(ways)
             _times[problem] = times
             _write(path, problem, times)
-    return min(among, key=times.__getitem__)
-
-
-def snapshot() -> Times:
-    """The choices made or adopted in this process."""
-    with _lock:
-        return {problem: dict(times) for problem, times in _times.items()}
-
-
-def adopt(times: Times) -> None:
-    """Take over the choices of a :func:`snapshot`, in this process; the disk keeps its own."""
-    with _lock:
-        _times.update({problem: dict(ways) for problem, ways in times.items()})
+        return times
 
 
 def _measure(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -82,12 +103,6 @@ def _measure(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
             if round_:
                 best[name] = min(best[name], elapsed)
     return {name: round(ms, 4) for name, ms in best.items()}
-
-
-def _path() -> Path:
-    isa = cpp.kernels().isa() if not cpp.missing_reasons() else "none"
-    machine = f"{cpu_name()} {isa} torch {torch.__version__} fastgan {__version__}"
-    return cache_folder() / f"tuning-{hashlib.sha256(machine.encode()).hexdigest()[:12]}.json"
 
 
 def _read(path: Path) -> Times:

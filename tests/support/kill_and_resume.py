@@ -33,15 +33,16 @@ SETTINGS = (
     *("--log-every", "1", "--keep", "2", "--seed", "5"),
 )
 
-
-def start(out: Path, steps: int) -> subprocess.Popen[bytes]:
-    resume = ["--resume"] if (out / "config.yaml").exists() else SETTINGS
+def start(out: Path, steps: int, backend: str) -> subprocess.Popen[bytes]:
+    # A run keeps the backend that it began with.
+    begun = (out / "config.yaml").exists()
+    resume = ["--resume"] if begun else [*SETTINGS, "--backend", backend]
     command = [sys.executable, "-m", "fastgan", "train", "--out", str(out), "--steps", str(steps)]
     return subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(out: Path, steps: int) -> None:
-    process = start(out, steps)
+def finish(out: Path, steps: int, backend: str) -> None:
+    process = start(out, steps, backend)
     _, complaint = process.communicate()
     if process.returncode:
         raise SystemExit(f"exit code {process.returncode}: {complaint.decode()}")
@@ -83,8 +84,8 @@ def newest(checkpoints: Path) -> int:
     return max((int(p.name[5:]) for p in checkpoints.glob("step-*")), default=0)
 
 
-def kill_one(out: Path, steps: int, mode: str, draw: random.Random) -> str:
-    process = start(out, steps)
+def kill_one(out: Path, steps: int, backend: str, mode: str, draw: random.Random) -> str:
+    process = start(out, steps, backend)
     wait_for(process, out, mode, draw)
     if process.poll() is not None:
         complaint = process.stderr.read().decode() if process.stderr else ""
@@ -131,6 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="auto")
     args = parser.parse_args()
     draw = random.Random(args.seed)
     # Enough that no run can end before its last kill.
@@ -142,11 +144,11 @@ def main() -> int:
         killed, alone = folder / "killed", folder / "alone"
         for i in range(args.kills):
             mode = ("writing", "training", "starting", "writing", "training")[i % 5]
-            moments[kill_one(killed, steps, mode, draw)] += 1
+            moments[kill_one(killed, steps, args.backend, mode, draw)] += 1
         at = newest(killed / "checkpoints")
         steps = at + 4 * SAVE_EVERY
-        finish(killed, steps)
-        finish(alone, steps)
+        finish(killed, steps, args.backend)
+        finish(alone, steps, args.backend)
         found = differences(alone, killed, steps)
         if args.kills and not moments["while writing a checkpoint"]:
             found.append("the kills: none came while a checkpoint was being written")

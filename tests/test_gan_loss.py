@@ -1,0 +1,163 @@
+"""The adversarial loss: the reference against the definition, the kernel against float64."""
+
+import numpy as np
+import pytest
+import torch
+from support.numerics import error, limit, needs_kernels
+
+from fastgan import bce_loss, gan_loss
+from fastgan.errors import InputError, NotBuiltError
+from fastgan.ops import cpp
+from fastgan.ops.backend import use_backend
+from fastgan.ops.gan_loss import gan_loss_forward
+
+TARGETS = ((1.0,), (1.0, 0.0), (0.9, 0.0, 0.3))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1, 3, 5)])
+def test_the_reference_is_the_definition(rng, shape):
+    logits, targets = rng.normal(0, 3, shape), (1.0, 0.0, 0.9)
+    loss, d = gan_loss(torch.from_numpy(logits), targets)
+    for part, target, got_loss, got_d in zip(np.split(logits, 3), targets, loss, d, strict=True):
+        p = 1 / (1 + np.exp(-part))
+        want = -(target * np.log(p) + (1 - target) * np.log(1 - p)).mean()
+        np.testing.assert_allclose(got_loss, want, rtol=1e-12)
+        np.testing.assert_allclose(got_d, p.mean(), rtol=1e-12)
+
+
+def test_gradients_of_the_reference():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gan_loss(x, (1.0, 0.0))[0], (logits,))
+
+
+def results(backend, dtype, logits, targets, weights):
+    leaf = logits.detach().to(dtype, copy=True).requires_grad_()
+    with use_backend(backend):
+        loss, d = gan_loss(leaf, targets)
+    assert not d.requires_grad
+    (loss * weights.to(dtype)).sum().backward()
+    return loss.detach(), d, leaf.grad
+
+
+def check(logits, targets):
+    weights = torch.arange(1.0, 1.0 + len(targets))
+    want = results("reference", torch.float64, logits, targets, weights)
+    own = results("reference", torch.float32, logits, targets, weights)
+    got = results("cpp", torch.float32, logits, targets, weights)
+    for name, g, w, o in zip(("loss", "d", "dlogits"), got, want, own, strict=True):
+        assert g.dtype == torch.float32
+        assert error(g, w) <= limit(o, w), name
+
+
+def logits_of(shape, deviation=3.0):
+    return deviation * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@needs_kernels
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("n", [1, 7, 64, 128])
+@pytest.mark.parametrize("rest", [(), (1, 1, 1), (1, 3, 5), (64, 64)], ids=str)
+def test_kernel(nan_outputs, targets, n, rest):
+    check(logits_of((n * len(targets), *rest)), targets)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_each_instruction_set(nan_outputs, use_isa, isa, targets):
+    if isa not in cpp.kernels().isas():
+        pytest.skip(f"this CPU has no {isa}")
+    use_isa(isa)
+    check(logits_of((6, 1, 3, 5)), targets)
+
+
+@needs_kernels
+@pytest.mark.parametrize("deviation", [1e-4, 30.0])
+def test_small_and_large_logits(nan_outputs, deviation):
+    check(logits_of((128, 1), deviation), (1.0, 0.0))
+
+
+@needs_kernels
+def test_other_layouts(nan_outputs):
+    check(logits_of((6, 3, 4, 5)).to(memory_format=torch.channels_last), (1.0, 0.0))
+    check(logits_of((12, 4))[::2, 1:], (1.0, 0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("reference", torch.float64),
+        ("reference", torch.float32),
+        pytest.param("cpp", torch.float32, marks=needs_kernels),
+    ],
+)
+def test_stable_where_the_definition_overflows(backend, dtype):
+    logits = torch.tensor([800.0, -800.0], dtype=dtype, requires_grad=True)
+    with use_backend(backend):
+        loss, d = bce_loss(logits, (0.0, 1.0))
+    loss.sum().backward()
+    assert loss.tolist() == [800.0, 800.0]
+    assert d.tolist() == [1.0, 0.0]
+    assert logits.grad.tolist() == [1.0, -1.0]
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
+def test_what_is_not_finite(nan_outputs, value, target):
+    logits = logits_of((6,))
+    logits[1] = value
+    weights = torch.ones(2)
+    want = results("reference", torch.float32, logits, (target, 0.0), weights)
+    got = results("cpp", torch.float32, logits, (target, 0.0), weights)
+    for g, w in zip(got, want, strict=True):
+        assert not g[~w.isfinite()].isfinite().any()
+        torch.testing.assert_close(g[w.isfinite()], w[w.isfinite()])
+
+
+@pytest.mark.parametrize("targets", [(), (1.0, 0.0), (1.5,), (float("nan"),)])
+def test_refuses(targets):
+    with pytest.raises(InputError, match="targets"):
+        gan_loss(torch.zeros(3), targets)
+
+
+def test_says_what_is_not_built():
+    with pytest.raises(NotBuiltError, match="hinge"):
+        gan_loss(torch.zeros(3), (1.0,), kind="hinge")
+
+
+@needs_kernels
+def test_opcheck():
+    logits = torch.randn(6, 1, 2, 3, requires_grad=True)
+    torch.library.opcheck(gan_loss_forward, (logits, [1.0, 0.0]))
+
+
+@needs_kernels
+def test_a_double_backward_raises():
+    logits = torch.randn(6, requires_grad=True)
+    with use_backend("cpp"):
+        loss, _ = gan_loss(logits, (1.0, 0.0))
+    (dlogits,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dlogits.square().sum().backward()
+
+
+@needs_kernels
+def test_compiled_whole():
+    logits = logits_of((6, 2))
+    compiled = torch.compile(gan_loss, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (gan_loss, compiled):
+        leaf = logits.clone().requires_grad_()
+        with use_backend("cpp"):
+            loss, d = call(leaf, (1.0, 0.0))
+        loss.sum().backward()
+        found.append((loss.detach(), d, leaf.grad))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@needs_kernels
+def test_float64_is_refused_by_a_named_backend():
+    with use_backend("cpp"), pytest.raises(NotBuiltError, match="float64"):
+        gan_loss(torch.zeros(4, dtype=torch.float64), (1.0,))
