@@ -50,8 +50,13 @@ def missing_reasons() -> list[str]:
     Raises:
         InputError: ``FASTGAN_CPU_ISA`` names an instruction set that this CPU has not.
     """
-    extension, reason = _load()
-    return [] if extension is not None else [reason]
+    reason = _missing_reason()
+    return [reason] if reason else []
+
+
+@torch.compiler.assume_constant_result
+def _missing_reason() -> str:
+    return _load()[1]
 
 
 def kernels() -> Any:

@@ -27,7 +27,9 @@ from fastgan.ops import cpp
 
 logger = logging.getLogger("fastgan")
 
-_ROUNDS = 4
+_ROUNDS = 3
+# A turn of a way is as many calls as take this long, and at least one.
+_TURN_SECONDS = 1e-3
 
 # Milliseconds of each way, by problem.
 Times = dict[str, dict[str, float]]
@@ -94,15 +96,20 @@ def _lookup(
 
 def _measure(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
     best = dict.fromkeys(ways, float("inf"))
-    # The first round warms up; the rest are interleaved, so that a disturbance meets all alike.
-    for round_ in range(_ROUNDS):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            elapsed = 1e3 * (time.perf_counter() - started)
+    names = list(ways)
+    # The first round warms up. In the others each way begins once, so that a disturbance, and the
+    # cache as another way left it, meet all alike.
+    for round_ in range(_ROUNDS + 1):
+        for name in names:
+            way, calls, started = ways[name], 0, time.perf_counter()
+            while not calls or time.perf_counter() - started < _TURN_SECONDS:
+                way()
+                calls += 1
             if round_:
+                elapsed = 1e3 * (time.perf_counter() - started) / calls
                 best[name] = min(best[name], elapsed)
-    return {name: round(ms, 4) for name, ms in best.items()}
+        names.append(names.pop(0))
+    return {name: round(ms, 5) for name, ms in best.items()}
 
 
 def _read(path: Path) -> Times:

@@ -1,0 +1,249 @@
+"""Measured choices: measured once, kept, and taken over. Their times are made up here."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.numerics import needs_kernels
+
+from fastgan.ops import conv, tuning
+from fastgan.ops.backend import use_backend
+from fastgan.ops.bn_act import bn_act
+from fastgan.ops.tuning import fastest, tuning_file, use_choices
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch):
+    """Nothing is known yet in this process; what is written goes to the test's own cache."""
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    monkeypatch.setattr(tuning, "_times", {})
+    monkeypatch.setattr(tuning, "_loaded", set())
+
+
+class Ways:
+    """Ways that take as many seconds as they are told to, and count their calls."""
+
+    def __init__(self, monkeypatch, **seconds):
+        self.calls = dict.fromkeys(seconds, 0)
+        self.now = 0.0
+        self.ways = {name: self.way(name, s) for name, s in seconds.items()}
+        monkeypatch.setattr(tuning.time, "perf_counter", lambda: self.now)
+
+    def way(self, name, seconds):
+        def call():
+            self.calls[name] += 1
+            # A first call is slow, whoever makes it.
+            self.now += seconds + (100.0 if self.calls[name] == 1 else 0.0)
+
+        return call
+
+    def fastest(self, problem, *among):
+        return fastest(problem, self.ways, among or tuple(self.ways))
+
+
+def stored():
+    return json.loads(tuning_file().read_text())
+
+
+def test_the_fastest_is_taken_and_measured_once(monkeypatch):
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0, medium=2.0)
+    assert [ways.fastest("p") for _ in range(3)] == ["quick"] * 3
+    assert len(set(ways.calls.values())) == 1
+    once = dict(ways.calls)
+    assert ways.fastest("another") == "quick"
+    assert ways.calls == {name: 2 * calls for name, calls in once.items()}
+
+
+def test_one_choice_needs_no_measurement(monkeypatch):
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0)
+    assert ways.fastest("p", "slow") == "slow"
+    assert ways.calls == {"slow": 0, "quick": 0}
+    assert not tuning_file().exists()
+
+
+def test_a_named_backend_chooses_among_its_own(monkeypatch):
+    """From the same measurement, which is of all ways."""
+    ways = Ways(monkeypatch, slow=3.0, medium=2.0, torch=1.0)
+    assert ways.fastest("p", "slow", "medium") == "medium"
+    once = dict(ways.calls)
+    assert ways.fastest("p") == "torch"
+    assert ways.calls == once
+
+
+def test_choices_outlive_the_process(monkeypatch):
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0)
+    ways.fastest("p")
+    assert stored() == {"p": {"slow": 3000.0, "quick": 1000.0}}
+    forget(monkeypatch)
+    # Now it would be the other way round.
+    ways = Ways(monkeypatch, slow=1.0, quick=3.0)
+    assert ways.fastest("p") == "quick"
+    assert ways.calls == {"slow": 0, "quick": 0}
+
+
+def test_what_another_process_wrote_stays(monkeypatch):
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0)
+    ways.fastest("p")
+    written = {**stored(), "theirs": {"slow": 1.0, "quick": 2.0}}
+    tuning_file().write_text(json.dumps(written))
+    ways.fastest("q")
+    assert stored().keys() == {"p", "q", "theirs"}
+
+
+def test_a_way_that_was_not_known_is_measured(monkeypatch):
+    Ways(monkeypatch, old=2.0, torch=3.0).fastest("p")
+    forget(monkeypatch)
+    ways = Ways(monkeypatch, old=2.0, new=1.0, torch=3.0)
+    assert ways.fastest("p") == "new"
+    assert stored()["p"].keys() == {"old", "new", "torch"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"p": {"slow": 1.0',
+        b"[]",
+        b"null",
+        b'{"p": 3}',
+        b'{"p": {"slow": null}}',
+        b"\xff\xfe",
+    ],
+    ids=repr,
+)
+def test_a_damaged_file_is_said_and_replaced(monkeypatch, caplog, content):
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0)
+    tuning_file().parent.mkdir(parents=True, exist_ok=True)
+    tuning_file().write_bytes(content)
+    assert ways.fastest("p") == "quick"
+    assert str(tuning_file()) in caplog.text
+    assert "measuring again" in caplog.text
+    assert stored() == {"p": {"slow": 3000.0, "quick": 1000.0}}
+    assert all(len(record.getMessage().splitlines()) == 1 for record in caplog.records)
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, caplog, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / "file"))
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0)
+    assert ways.fastest("p") == ways.fastest("p") == "quick"
+    assert "cannot be written" in caplog.text
+
+
+def test_choices_of_ones_own_come_first(monkeypatch):
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0)
+    ways.fastest("p")
+    once = dict(ways.calls)
+    choices = {"p": {"slow": 1.0, "quick": 2.0}}
+    with use_choices(choices):
+        assert ways.fastest("p") == "slow"
+    assert ways.fastest("p") == "quick"
+    assert ways.calls == once
+
+
+def test_choices_of_ones_own_gather_what_is_met(monkeypatch):
+    ways = Ways(monkeypatch, slow=3.0, quick=1.0)
+    ways.fastest("before")
+    choices = {}
+    with use_choices(choices):
+        ways.fastest("before")
+        ways.fastest("p")
+    ways.fastest("after")
+    assert choices.keys() == {"before", "p"}
+    # The machine's file has all, whoever met them.
+    assert stored().keys() == {"before", "p", "after"}
+
+
+@needs_kernels
+def test_the_file_is_of_one_instruction_set(use_isa):
+    names = set()
+    for isa in conv.cpp.kernels().isas():
+        use_isa(isa)
+        names.add(tuning_file())
+    assert len(names) == len(conv.cpp.kernels().isas())
+
+
+def convolve(n=2):
+    x, weight = torch.zeros(n, 5, 8, 8, requires_grad=True), torch.zeros(6, 5, 4, 4)
+    conv.conv(x, weight.requires_grad_(), stride=2, padding=1).sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_a_convolution_asks_for_each_direction_once(monkeypatch, backend):
+    measured = []
+    monkeypatch.setattr(
+        tuning, "_measure", lambda ways: measured.append(set(ways)) or dict.fromkeys(ways, 1.0)
+    )
+    with use_backend(backend):
+        convolve()
+        convolve()
+    own = {"winograd4", "winograd2"}
+    assert measured == [own | {"torch"}] * 3
+    assert [problem.split()[0] for problem in stored()] == ["dgrad", "fprop", "wgrad"]
+    with use_backend(backend):
+        convolve(n=3)
+    assert len(stored()) == 6
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("backend", "taken"), [("auto", {"torch"}), ("cpp", {"winograd2"})], ids=str
+)
+def test_only_auto_takes_torchs(monkeypatch, backend, taken):
+    times = {"winograd4": 3.0, "winograd2": 2.0, "torch": 1.0}
+    monkeypatch.setattr(tuning, "_measure", lambda ways: times)
+    took = set()
+    for name in ("_run_fprop", "_run_dgrad", "_run_wgrad"):
+        run = getattr(conv, name)
+        monkeypatch.setattr(
+            conv, name, lambda way, *args, run=run: (took.add(way), run(way, *args))
+        )
+    with use_backend(backend):
+        convolve()
+    assert took == taken
+
+
+@needs_kernels
+def test_a_choice_has_its_own_number_of_threads(threads):
+    for count in (1, 2):
+        threads(count)
+        convolve()
+    assert len(stored()) == 6
+
+
+def test_other_ops_have_nothing_to_choose():
+    bn_act(torch.randn(2, 3, 4, 4))
+    assert not tuning_file().exists()
+
+
+@needs_kernels
+def test_the_next_process_takes_the_same_ways(tmp_path):
+    program = (
+        "import torch; from fastgan.ops import tuning; from fastgan.ops.conv import conv\n"
+        "measure, count = tuning._measure, []\n"
+        "tuning._measure = lambda ways: count.append(1) or measure(ways)\n"
+        "torch.manual_seed(0)\n"
+        "y = conv(torch.randn(2, 5, 8, 8), torch.randn(6, 5, 4, 4), stride=2, padding=1)\n"
+        "print(len(count), y.double().sum().item())"
+    )
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert [line[0] for line in lines] == ["1", "0"]
+    assert lines[0][1] == lines[1][1]
+
+
+def test_nothing_is_said_where_all_is_well(monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING):
+        Ways(monkeypatch, slow=3.0, quick=1.0).fastest("p")
+    assert not caplog.records
