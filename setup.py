@@ -24,6 +24,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
 # For a sanitized build, say.
 FLAGS += os.environ.get("FASTGAN_CXXFLAGS", "").split()
+FOLDER = Path("csrc/cpu")
 SOURCES = ["bindings.cpp", "dispatch.cpp", "pool.cpp", "shapes.cpp"]
 
 
@@ -46,12 +47,10 @@ class BuildKernels(build_ext):
             print(f"fastgan: installing without the C++ kernels, they did not build: {reason}")
 
     def build_extension(self, ext):
-        folder = Path("csrc/cpu")
-
         def compile_one(job):
             name, source, flags = job
             return self.compiler.compile(
-                [str(folder / source)],
+                [str(FOLDER / source)],
                 output_dir=str(Path(self.build_temp) / name),
                 include_dirs=ext.include_dirs,
                 extra_postargs=FLAGS + flags,
@@ -73,7 +72,15 @@ def extensions():
         import pybind11
     except ImportError:
         return []
-    return [Extension("fastgan._cpu", ["csrc/cpu/bindings.cpp"], [pybind11.get_include()])]
+    files = sorted(str(path) for path in FOLDER.iterdir())
+    return [
+        Extension(
+            "fastgan._cpu",
+            [str(FOLDER / source) for source in ("isa.cpp", *SOURCES)],
+            include_dirs=[pybind11.get_include()],
+            depends=files,
+        )
+    ]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
     from fastgan.nn.registry import build_model, register_model
     from fastgan.ops.augment import augment
+    from fastgan.ops.backend import use_backend
+    from fastgan.ops.block import conv_bn_act, conv_transpose_bn_act
     from fastgan.ops.bn_act import bn_act
+    from fastgan.ops.conv import conv
     from fastgan.ops.gan_loss import bce_loss, gan_loss
 
 _HOMES = {
@@ -32,10 +35,14 @@ _HOMES = {
     "augment": "fastgan.ops.augment",
     "bce_loss": "fastgan.ops.gan_loss",
     "bn_act": "fastgan.ops.bn_act",
+    "conv": "fastgan.ops.conv",
+    "conv_bn_act": "fastgan.ops.block",
+    "conv_transpose_bn_act": "fastgan.ops.block",
     "gan_loss": "fastgan.ops.gan_loss",
     "build_model": "fastgan.nn.registry",
     "load_images": "fastgan.data.images",
     "register_model": "fastgan.nn.registry",
+    "use_backend": "fastgan.ops.backend",
 }
 
 __all__ = [
@@ -53,9 +60,13 @@ __all__ = [
     "bce_loss",
     "bn_act",
     "build_model",
+    "conv",
+    "conv_bn_act",
+    "conv_transpose_bn_act",
     "gan_loss",
     "load_images",
     "register_model",
+    "use_backend",
 ]
 
 

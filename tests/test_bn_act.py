@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from support.numerics import (
     LAYOUTS,
     away_from_kinks,
+    compiled,
     error,
     laid_out,
     leaves,
@@ -159,9 +160,7 @@ def test_each_instruction_set(nan_outputs, use_isa, isa, groups, shape, activati
 @pytest.mark.parametrize("shape", [(8, 5, 16, 16), (64, 24, 4, 4), (2, 3, 64, 64)], ids=str)
 def test_statistics_of_a_large_mean_and_a_small_deviation(nan_outputs, shape):
     x = 1e3 + 1e-2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    _, mean, _, var = bn_act_forward(
-        x, None, None, None, None, None, True, EPS, 2, "none", 0.0
-    )
+    _, mean, _, var = bn_act_forward(x, None, None, None, None, None, True, EPS, 2, "none", 0.0)
     for g, part in enumerate(x.double().chunk(2)):
         assert error(mean[g], part.mean((0, 2, 3))) < 1e-7
         assert error(var[g], part.var((0, 2, 3), correction=0)) < 1e-4
@@ -239,9 +238,7 @@ def test_refuses(backend, kwargs, message):
 def test_what_does_not_fit_is_refused_as_torch_does(backend, name, length, training):
     fits = {"running_mean": torch.zeros(5), "running_var": torch.ones(5)}
     with use_backend(backend), pytest.raises(RuntimeError):
-        bn_act(
-            torch.randn(3, 5, 2, 2), **{**fits, name: torch.ones(length)}, training=training
-        )
+        bn_act(torch.randn(3, 5, 2, 2), **{**fits, name: torch.ones(length)}, training=training)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -320,9 +317,8 @@ def test_a_double_backward_raises():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_whole(training):
     x, weight, bias, mean, var, dy = arguments((6, 5, 4, 7))
-    compiled = torch.compile(bn_act, fullgraph=True, backend="aot_eager")
     results = []
-    for call in (bn_act, compiled):
+    for call in (bn_act, compiled(bn_act)):
         inputs, statistics = leaves(x, weight, bias), (mean.clone(), var.clone())
         with use_backend("cpp"):
             y = call(*inputs, *statistics, training=training, groups=2, activation="tanh")

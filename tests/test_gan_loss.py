@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.numerics import error, limit, needs_kernels
+from support.numerics import compiled, error, limit, needs_kernels
 
 from fastgan import bce_loss, gan_loss
 from fastgan.errors import InputError, NotBuiltError
@@ -146,9 +146,8 @@ def test_a_double_backward_raises():
 @needs_kernels
 def test_compiled_whole():
     logits = logits_of((6, 2))
-    compiled = torch.compile(gan_loss, fullgraph=True, backend="aot_eager")
     found = []
-    for call in (gan_loss, compiled):
+    for call in (gan_loss, compiled(gan_loss)):
         leaf = logits.clone().requires_grad_()
         with use_backend("cpp"):
             loss, d = call(leaf, (1.0, 0.0))

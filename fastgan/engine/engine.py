@@ -31,7 +31,12 @@ from fastgan.nn.grouped import grouped_forward, grouping_obstacle
 from fastgan.nn.modes import evaluation_mode
 from fastgan.ops import tuning
 from fastgan.ops.augment import augment
-from fastgan.ops.backend import requested_backend, resolve_backend, use_backend
+from fastgan.ops.backend import (
+    requested_backend,
+    resolve_backend,
+    say_missing_kernels,
+    use_backend,
+)
 from fastgan.ops.gan_loss import gan_loss
 from fastgan.seeding import generator
 
@@ -180,6 +185,8 @@ class Engine:
         self._choices: tuning.Times = {}
         self.fuse_passes = fuse_passes
         self.device = resolve_device(device, netG)
+        if self.backend == "auto":
+            say_missing_kernels(self.device)
         self.netG = _place(netG, self.device)
         self.netD = _place(netD, self.device)
         self._dtype = next((p.dtype for p in netG.parameters()), torch.get_default_dtype())

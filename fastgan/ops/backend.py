@@ -140,7 +140,16 @@ _said: set[str] = set()
 
 def say_left_to_reference(what: str) -> None:
     """Log, once for each ``what``, that the backend asked for has no kernel for it."""
-    if torch.compiler.is_compiling() or what in _said:
-        return
-    _said.add(what)
-    logger.warning("backend=%r has no kernel for %s: torch's is used", requested_backend(), what)
+    _say_once(f"backend={requested_backend()!r} has no kernel for {what}: torch's is used")
+
+
+def say_missing_kernels(device: torch.device) -> None:
+    """Log, once, why ``auto`` on ``device`` has no kernels of our own to choose from."""
+    if device.type == "cpu" and (reasons := machine_reasons("cpp")):
+        _say_once(f"plain PyTorch runs the step: {'; '.join(reasons)}")
+
+
+def _say_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _said:
+        _said.add(message)
+        logger.warning("%s", message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,3 +57,9 @@ def leaves(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> list[
 def away_from_kinks(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     """``dy`` without the elements whose ``z`` is so near to 0 that rounding decides its side."""
     return dy if activation in ("none", "tanh") else dy * (z.abs() > 1e-4)
+
+
+def compiled(function: Callable, backend: str = "aot_eager") -> Callable:
+    """``function`` as one graph; each test compiles anew, and torch limits how often."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
