@@ -14,6 +14,11 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("FASTGAN_BACKEND", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_each_time():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def nan_outputs(monkeypatch):
     """What a kernel writes holds NaN until then, and ends where its memory ends."""

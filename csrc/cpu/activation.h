@@ -50,7 +50,7 @@ FASTGAN_INLINE Vec activate(Vec x, float slope) {
 // dy · act'(x), given y = act(x): each derivative can be read off y.
 template <Activation kActivation>
 FASTGAN_INLINE Vec activate_backward(Vec dy, Vec y, float slope) {
-  if constexpr (kActivation == Activation::kRelu) return select(y > 0.0f, dy, Vec{});
+  if constexpr (kActivation == Activation::kRelu) return select(y <= 0.0f, Vec{}, dy);
   if constexpr (kActivation == Activation::kLeakyRelu) return select(y > 0.0f, dy, dy * slope);
   if constexpr (kActivation == Activation::kTanh) return dy * (1.0f - y * y);
   return dy;

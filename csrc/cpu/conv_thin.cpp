@@ -81,7 +81,7 @@ template <int MR, int NB, int kChannels>
 void window_kernel(const float* rows, size_t row, const float* weight, size_t block, Vec* out) {
   using Tile = Accumulators<MR, NB>;
   Tile tile;
-  tile.start(nullptr, 0, false);
+  tile.start();
   for (int kh = 0; kh < 4; ++kh) {
     const float* in = rows + kh * row;
 #pragma GCC unroll 4

@@ -8,6 +8,10 @@
 //     fprop: V[p] = sum over q of M[p][q] · U[p][q]'   M = high(H)   L = low_adjoint(V)
 //     wgrad: dU[p][q] = V[p]' · M[p][q]         dW = weight_adjoint(dU)
 //
+// Where the side is no multiple of m, the last tile of a row or column is partial: its last value is
+// 0, and so is V at infinity, which is that value. The lines of V and M are ordered so that the
+// tiles that matter at a point follow one another, and only those are multiplied.
+//
 // The batch is cut into subs of whole images; a sub is a tile of the statistics as well. One chunk
 // of subs at a time is transformed into scratch (which the last-level cache holds), and then worked
 // off in items, each of a few channel blocks of one sub, whose products stay in the core's own
@@ -44,6 +48,7 @@ struct Plan {
   static constexpr int n1 = m + 1, points = n1 * n1;
   ConvShape s;
   int tiles_y, tiles_x, tiles, cl_blocks, ch_blocks;
+  int full_y, full_x;  // of the tiles, those that are not partial
   int images_per_sub, subs_per_group, groups;
   int subs, subs_per_chunk, max_tiles;  // tiles in a chunk
   size_t line_block;                    // floats of a channel block's lines in V and M
@@ -54,6 +59,8 @@ struct Plan {
     tiles_y = ceil_div(s.h, m);
     tiles_x = ceil_div(s.w, m);
     tiles = tiles_y * tiles_x;
+    full_y = s.h / m;
+    full_x = s.w / m;
     cl_blocks = ceil_div(s.cl, kBlock);
     ch_blocks = ceil_div(s.ch, kBlock);
     images_per_sub = conv_images_per_stats_tile(s, groups);
@@ -86,6 +93,29 @@ struct Plan {
     const int images = s.n / groups;
     return {i, group * images + j * images_per_sub,
             std::min(images_per_sub, images - j * images_per_sub)};
+  }
+
+  // The lines of a sub: tiles partial in x alone, whole ones, partial in y alone, in both.
+  int line(const Sub& sub, int image, int ty, int tx) const {
+    const int partial_x = tiles_x - full_x, partial_y = tiles_y - full_y;
+    const int whole_begin = sub.images * full_y * partial_x;
+    const int partial_y_begin = whole_begin + sub.images * full_y * full_x;
+    if (ty < full_y)
+      return tx < full_x ? whole_begin + (image * full_y + ty) * full_x + tx
+                         : image * full_y + ty;
+    return tx < full_x ? partial_y_begin + image * full_x + tx
+                       : partial_y_begin + sub.images * partial_y * full_x + image;
+  }
+
+  // The lines that matter at point p = i · (m + 1) + j, of which the last i and j are infinity.
+  std::pair<int, int> lines_at(const Sub& sub, int p) const {
+    const int whole_begin = sub.images * full_y * (tiles_x - full_x);
+    const int whole_end = whole_begin + sub.images * full_y * full_x;
+    const int partial_y_end = whole_end + sub.images * (tiles_y - full_y) * full_x;
+    const bool infinite_y = p / n1 == m, infinite_x = p % n1 == m;
+    return {infinite_x ? whole_begin : 0, infinite_y   ? whole_end
+                                          : infinite_x ? partial_y_end
+                                                       : sub.images * tiles};
   }
 };
 
@@ -178,35 +208,29 @@ void transform_high(const Plan<m>& plan, const HighWindow<m>& window, int tile, 
   });
 }
 
+// V of the tiles of a sub, whose lines begin at `first_line`. Called by every thread of a team, which
+// goes on as it is done.
 template <int m>
-void transform_chunk_low(const Plan<m>& plan, int first, int last, const float* low,
-                         const float* zeros, float* V) {
-  const int image0 = plan.sub(first).image;
-  const Sub end = plan.sub(last - 1);
-  const int total = (end.image + end.images - image0) * plan.tiles;
-#pragma omp for schedule(dynamic, 4)
-  for (int t = 0; t < total; ++t) {
-    const int tile = t % plan.tiles;
-    transform_low<m>(plan,
-                     LowWindow<m>(plan.s, low, zeros, image0 + t / plan.tiles,
-                                  tile / plan.tiles_x, tile % plan.tiles_x),
-                     t, V);
+void transform_sub_low(const Plan<m>& plan, const Sub& sub, int first_line, const float* low,
+                       const float* zeros, float* V) {
+#pragma omp for schedule(dynamic, 4) nowait
+  for (int t = 0; t < sub.images * plan.tiles; ++t) {
+    const int image = t / plan.tiles;
+    const int ty = t % plan.tiles / plan.tiles_x, tx = t % plan.tiles_x;
+    transform_low<m>(plan, LowWindow<m>(plan.s, low, zeros, sub.image + image, ty, tx),
+                     first_line + plan.line(sub, image, ty, tx), V);
   }
 }
 
 template <int m>
-void transform_chunk_high(const Plan<m>& plan, int first, int last, const float* high,
-                          const float* zeros, float* M) {
-  const int image0 = plan.sub(first).image;
-  const Sub end = plan.sub(last - 1);
-  const int total = (end.image + end.images - image0) * plan.tiles;
-#pragma omp for schedule(dynamic, 4)
-  for (int t = 0; t < total; ++t) {
-    const int tile = t % plan.tiles;
-    transform_high<m>(plan,
-                      HighWindow<m>(plan.s, high, zeros, image0 + t / plan.tiles,
-                                    tile / plan.tiles_x, tile % plan.tiles_x),
-                      t, M);
+void transform_sub_high(const Plan<m>& plan, const Sub& sub, int first_line, const float* high,
+                        const float* zeros, float* M) {
+#pragma omp for schedule(dynamic, 4) nowait
+  for (int t = 0; t < sub.images * plan.tiles; ++t) {
+    const int image = t / plan.tiles;
+    const int ty = t % plan.tiles / plan.tiles_x, tx = t % plan.tiles_x;
+    transform_high<m>(plan, HighWindow<m>(plan.s, high, zeros, sub.image + image, ty, tx),
+                      first_line + plan.line(sub, image, ty, tx), M);
   }
 }
 
@@ -264,7 +288,9 @@ void finish_low(const Plan<m>& plan, const Sub& sub, int cl_block, const float* 
     const Vec bias = epilogue.bias ? load_first(epilogue.bias + c, left) : Vec{};
     ChannelStats stats;
     for (int t = 0; t < sub.images * plan.tiles; ++t) {
-      const float* in = C + size_t(t) * kBlock + c % kBlock;
+      const int image = t / plan.tiles;
+      const int ty = t % plan.tiles / plan.tiles_x, tx = t % plan.tiles_x;
+      const float* in = C + size_t(plan.line(sub, image, ty, tx)) * kBlock + c % kBlock;
       Vec rows[m][n1];
       for (int j = 0; j < n1; ++j) {
         Vec v[n1], x[m];
@@ -272,13 +298,12 @@ void finish_low(const Plan<m>& plan, const Sub& sub, int cl_block, const float* 
         T::low_adjoint(v, x);
         for (int i = 0; i < m; ++i) rows[i][j] = x[i];
       }
-      const int tile = t % plan.tiles;
-      const int y0 = tile / plan.tiles_x * m, x0 = tile % plan.tiles_x * m;
+      const int y0 = ty * m, x0 = tx * m;
       for (int i = 0; i < m && y0 + i < s.h; ++i) {
         Vec x[m];
         T::low_adjoint(rows[i], x);
         float* out =
-            low + ((size_t(sub.image + t / plan.tiles) * s.h + y0 + i) * s.w + x0) * s.cl + c;
+            low + ((size_t(sub.image + image) * s.h + y0 + i) * s.w + x0) * s.cl + c;
         for (int j = 0; j < m && x0 + j < s.w; ++j) {
           const Vec y = activate(epilogue.activation, x[j] + bias, epilogue.negative_slope);
           if (epilogue.stats) stats.add(y);
@@ -312,11 +337,11 @@ void finish_high(const Plan<m>& plan, const Sub& sub, int ch_block, const float*
         const bool has_neighbour = neighbour_y >= 0 && neighbour_y < plan.tiles_y;
         for (int step = 0; step < plan.tiles_x; ++step) {
           const int tx = q == 0 ? step : plan.tiles_x - 1 - step;
-          const size_t line = size_t(image) * plan.tiles + ty * plan.tiles_x + tx;
-          const float* in = C + line * kBlock + c % kBlock;
+          const float* in = C + size_t(plan.line(sub, image, ty, tx)) * kBlock + c % kBlock;
           const float* neighbour =
-              C + (size_t(image) * plan.tiles + neighbour_y * plan.tiles_x + tx) * kBlock +
-              c % kBlock;
+              has_neighbour
+                  ? C + size_t(plan.line(sub, image, neighbour_y, tx)) * kBlock + c % kBlock
+                  : nullptr;
           Vec rows[m][n1];
           for (int j = 0; j < n1; ++j) {
             Vec p[n1], v[n1];
@@ -415,6 +440,24 @@ struct Item {
         u_point(plane(kNB * kWeightLines)) {}
 };
 
+// C (+)= A · B at every point, for `nb` column blocks of a sub. Lines that do not matter get zeros.
+template <int m>
+void multiply_points(const Plan<m>& plan, const Sub& sub, int k_blocks, int nb, const float* A,
+                     size_t a_point, const float* B, size_t b_point, size_t b_block, float* C,
+                     size_t c_point, size_t c_block, bool add) {
+  const int lines = sub.images * plan.tiles;
+  for (int p = 0; p < plan.points; ++p) {
+    const auto [begin, end] = plan.lines_at(sub, p);
+    float* out = C + p * c_point;
+    multiply_rows(end - begin, k_blocks, nb, A + p * a_point + begin * kBlock, plan.line_block,
+                  B + p * b_point, b_block, out + begin * kBlock, c_block, add);
+    for (int n = 0; n < nb && !add; ++n) {
+      std::fill_n(out + n * c_block, begin * kBlock, 0.0f);
+      std::fill_n(out + n * c_block + end * kBlock, (lines - end) * kBlock, 0.0f);
+    }
+  }
+}
+
 template <int m>
 void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
            ConvEpilogue epilogue, float* scratch, int threads) {
@@ -438,21 +481,21 @@ void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
     }
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
       const int last = std::min(first + plan.subs_per_chunk, plan.subs);
-      transform_chunk_high<m>(plan, first, last, high, all.zeros, all.M);
       const int image0 = plan.sub(first).image;
+      for (int i = first; i < last; ++i)
+        transform_sub_high<m>(plan, plan.sub(i), (plan.sub(i).image - image0) * plan.tiles, high,
+                              all.zeros, all.M);
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
       for (int item = 0; item < (last - first) * pairs; ++item) {
         const Sub sub = plan.sub(first + item / pairs);
         const int n0 = item % pairs * kNB, nb = std::min(kNB, plan.cl_blocks - n0);
-        const int rows = sub.images * plan.tiles;
         const float* A = all.M + size_t(sub.image - image0) * plan.tiles * kBlock;
         const size_t a_point = plan.line_block * plan.ch_blocks * 4;
         const size_t c_block = size_t(item_tiles) * kBlock;
         if (plan.reuses_weights()) {
-          for (int p = 0; p < plan.points; ++p)
-            multiply_rows(rows, plan.ch_blocks * 4, nb, A + p * a_point, plan.line_block,
-                          all.U + p * u_point + n0 * u_block, u_block,
-                          own.C + p * own.c_point, c_block, false);
+          multiply_points(plan, sub, plan.ch_blocks * 4, nb, A, a_point, all.U + n0 * u_block,
+                          u_point, u_block, own.C, own.c_point, c_block, false);
         } else {
           constexpr int most = kWeightLines / (4 * kBlock);
           for (int k = 0; k < plan.ch_blocks; k += most) {
@@ -461,10 +504,8 @@ void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
               for (int b = 0; b < blocks; ++b)
                 weights_over_high<m>(lines, n0 + n, k + b,
                                      own.U + n * kOwnBlock + b * 4 * kBlock * kBlock, own.u_point);
-            for (int p = 0; p < plan.points; ++p)
-              multiply_rows(rows, blocks * 4, nb, A + p * a_point + k * 4 * plan.line_block,
-                            plan.line_block, own.U + p * own.u_point, kOwnBlock,
-                            own.C + p * own.c_point, c_block, k > 0);
+            multiply_points(plan, sub, blocks * 4, nb, A + k * 4 * plan.line_block, a_point, own.U,
+                            own.u_point, kOwnBlock, own.C, own.c_point, c_block, k > 0);
           }
         }
         for (int n = 0; n < nb; ++n)
@@ -499,22 +540,23 @@ void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
     }
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
       const int last = std::min(first + plan.subs_per_chunk, plan.subs);
-      transform_chunk_low<m>(plan, first, last, low, all.zeros, all.V);
       const int image0 = plan.sub(first).image;
+      for (int i = first; i < last; ++i)
+        transform_sub_low<m>(plan, plan.sub(i), (plan.sub(i).image - image0) * plan.tiles, low,
+                             all.zeros, all.V);
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
       for (int item = 0; item < (last - first) * pairs * 4; ++item) {
         const Sub sub = plan.sub(first + item / (pairs * 4));
         const int q = item % 4;
         const int n0 = item / 4 % pairs * kNB, nb = std::min(kNB, plan.ch_blocks - n0);
-        const int rows = sub.images * plan.tiles;
         const float* A = all.V + size_t(sub.image - image0) * plan.tiles * kBlock;
         const size_t a_point = plan.line_block * plan.cl_blocks;
         const size_t c_block = size_t(item_tiles) * kBlock;
         if (plan.reuses_weights()) {
-          for (int p = 0; p < plan.points; ++p)
-            multiply_rows(rows, plan.cl_blocks, nb, A + p * a_point, plan.line_block,
-                          all.U + p * u_point + (q * plan.ch_blocks + n0) * u_block, u_block,
-                          own.C + p * own.c_point, c_block, false);
+          multiply_points(plan, sub, plan.cl_blocks, nb, A, a_point,
+                          all.U + (q * plan.ch_blocks + n0) * u_block, u_point, u_block, own.C,
+                          own.c_point, c_block, false);
         } else {
           constexpr int most = kWeightLines / kBlock;
           for (int k = 0; k < plan.cl_blocks; k += most) {
@@ -524,10 +566,8 @@ void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
                 weights_over_low<m>(lines, n0 + n, q, k + b,
                                     own.U + n * kOwnBlock + b * kBlock * kBlock,
                                     own.u_point);
-            for (int p = 0; p < plan.points; ++p)
-              multiply_rows(rows, blocks, nb, A + p * a_point + k * plan.line_block,
-                            plan.line_block, own.U + p * own.u_point, kOwnBlock,
-                            own.C + p * own.c_point, c_block, k > 0);
+            multiply_points(plan, sub, blocks, nb, A + k * plan.line_block, a_point, own.U,
+                            own.u_point, kOwnBlock, own.C, own.c_point, c_block, k > 0);
           }
         }
         for (int n = 0; n < nb; ++n) {
@@ -554,24 +594,29 @@ void wgrad(ConvShape shape, const float* low, const float* high, float* dweight,
     const Item<m> own(plan, all, 4 * parity / kBlock);
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
       const int last = std::min(first + plan.subs_per_chunk, plan.subs);
-      const Sub end = plan.sub(last - 1);
-      const int lines = (end.image + end.images - plan.sub(first).image) * plan.tiles;
-      transform_chunk_low<m>(plan, first, last, low, all.zeros, all.V);
-      transform_chunk_high<m>(plan, first, last, high, all.zeros, all.M);
+      // Sums run over all images of a chunk alike.
+      const int image0 = plan.sub(first).image;
+      const Sub end = plan.sub(last - 1), chunk{0, image0, end.image + end.images - image0};
+      transform_sub_low<m>(plan, chunk, 0, low, all.zeros, all.V);
+      transform_sub_high<m>(plan, chunk, 0, high, all.zeros, all.M);
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
       for (int item = 0; item < low_items * plan.ch_blocks; ++item) {
         const int k0 = item / plan.ch_blocks * kWgradBlocks, n = item % plan.ch_blocks;
         const int kb = std::min(kWgradBlocks, plan.cl_blocks - k0);
-        for (int p = 0; p < plan.points; ++p)
+        for (int p = 0; p < plan.points; ++p) {
+          const auto [begin, end] = plan.lines_at(chunk, p);
+          const float* V = all.V + (size_t(p) * plan.cl_blocks + k0) * plan.line_block;
+          const float* M = all.M + (size_t(p) * plan.ch_blocks + n) * 4 * plan.line_block;
           for (int k = 0; k < kb; ++k)
             for (int i = 0; i < kBlock; i += kColumnsMR)
               for (int q = 0; q < 4; q += kNB)
                 columns_kernel<kColumnsMR, kNB>(
-                    all.V + (size_t(p) * plan.cl_blocks + k0 + k) * plan.line_block + i, kBlock,
-                    all.M + ((size_t(p) * plan.ch_blocks + n) * 4 + q) * plan.line_block,
-                    kBlock, plan.line_block,
+                    V + k * plan.line_block + begin * kBlock + i, kBlock,
+                    M + q * plan.line_block + begin * kBlock, kBlock, plan.line_block,
                     own.C + p * own.c_point + q * parity + (k * kBlock + i) * kBlock, parity,
-                    lines, false);
+                    end - begin, false);
+        }
         for (int k = 0; k < kb; ++k)
           finish_weight<m>(plan, k0 + k, n, own.C + k * kBlock * kBlock, own.c_point, parity,
                            first > 0, dweight);

@@ -34,14 +34,17 @@ struct Accumulators {
   FASTGAN_INLINE void read(Vec (&b)[kVectors], const float* p, size_t block_stride) {
     for (int j = 0; j < kVectors; ++j) b[j] = load(p + offset(j, block_stride));
   }
-  inline __attribute__((always_inline)) void start(const float* c, size_t c_block, bool add) {
+  inline __attribute__((always_inline)) void start() {
     for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < kVectors; ++j)
-        r[i][j] = add ? load(c + i * kBlock + offset(j, c_block)) : Vec{};
+      for (int j = 0; j < kVectors; ++j) r[i][j] = Vec{};
   }
-  inline __attribute__((always_inline)) void finish(float* c, size_t c_block) const {
+  // A sum that goes on is added to whole: adding to it term by term would round at its size.
+  inline __attribute__((always_inline)) void finish(float* c, size_t c_block, bool add) const {
     for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < kVectors; ++j) store(c + i * kBlock + offset(j, c_block), r[i][j]);
+      for (int j = 0; j < kVectors; ++j) {
+        float* to = c + i * kBlock + offset(j, c_block);
+        store(to, add ? load(to) + r[i][j] : r[i][j]);
+      }
   }
 };
 
@@ -51,7 +54,7 @@ void rows_kernel(const float* a, size_t a_block, const float* b, size_t b_block,
                  size_t c_block, int k_blocks, bool add) {
   using Tile = Accumulators<MR, NB>;
   Tile tile;
-  tile.start(c, c_block, add);
+  tile.start();
   for (int block = 0; block < k_blocks; ++block) {
     // A's next lines are too few in a row, and too far apart, for the hardware to foresee.
     for (int i = 0; i < MR; ++i) __builtin_prefetch(a + 2 * a_block + i * kBlock);
@@ -68,7 +71,7 @@ void rows_kernel(const float* a, size_t a_block, const float* b, size_t b_block,
     a += a_block;
     b += kBlock * kBlock;
   }
-  tile.finish(c, c_block);
+  tile.finish(c, c_block, add);
 }
 
 // A[t][column i of MR] at a[t * a_line + i]; B's line t at b[t * b_line].
@@ -77,7 +80,7 @@ void columns_kernel(const float* a, size_t a_line, const float* b, size_t b_line
                     float* c, size_t c_block, int lines, bool add) {
   using Tile = Accumulators<MR, NB>;
   Tile tile;
-  tile.start(c, c_block, add);
+  tile.start();
 #pragma GCC unroll 4
   for (int t = 0; t < lines; ++t) {
     Vec bv[Tile::kVectors];
@@ -88,7 +91,7 @@ void columns_kernel(const float* a, size_t a_line, const float* b, size_t b_line
       for (int j = 0; j < Tile::kVectors; ++j) tile.r[i][j] += x * bv[j];
     }
   }
-  tile.finish(c, c_block);
+  tile.finish(c, c_block, add);
 }
 
 using RowsKernel = decltype(&rows_kernel<1, 1>);
@@ -129,6 +132,13 @@ inline void for_each_part(int total, int most, F f) {
 // C[rows x n_blocks·16] (+)= A[rows x k_blocks·16] · B. Blocks of A, B, C lie *_block floats apart.
 inline void multiply_rows(int rows, int k_blocks, int n_blocks, const float* a, size_t a_block,
                           const float* b, size_t b_block, float* c, size_t c_block, bool add) {
+  constexpr int kMost = 16;
+  for (; k_blocks > kMost; k_blocks -= kMost) {
+    multiply_rows(rows, kMost, n_blocks, a, a_block, b, b_block, c, c_block, add);
+    a += kMost * a_block;
+    b += kMost * kBlock * kBlock;
+    add = true;
+  }
   for (int n = 0; n < n_blocks; n += kNB) {
     const int nb = n + kNB <= n_blocks ? kNB : 1;
     for (int left = n; left < std::min(n + kNB, n_blocks); left += nb)

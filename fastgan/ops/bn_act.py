@@ -250,12 +250,15 @@ def bn_act(
         raise InputError(f"groups={groups} does not divide the batch of {x.shape[0]}")
     if activation not in ACTIVATIONS:
         raise InputError(f"activation={activation!r}: choose from {', '.join(ACTIVATIONS)}")
-    # torch refuses statistics of a single value, and takes other ranks and negative slopes.
+    # torch refuses what does not fit and statistics of a single value, and takes other ranks and
+    # negative slopes.
+    per_channel = (weight, bias, running_mean, running_var)
     native = (
         x.ndim == 4
+        and all(p is None or p.shape == x.shape[1:2] for p in per_channel)
         and (not training or x.numel() > groups * x.shape[1])
         and negative_slope >= 0.0
-        and select_backend("bn_act", x, weight, bias, running_mean, running_var) != "reference"
+        and select_backend("bn_act", x, *per_channel) != "reference"
     )
     if not native:
         return bn_act_reference(

@@ -429,10 +429,16 @@ def kernel_backend(
     """
     if select_backend("conv", x, weight, bias) == "reference":
         return "reference"
-    channels = weight.shape[0 if transposed else 1]
-    # Sizes that do not fit are for torch to complain of.
-    fits = x.ndim == weight.ndim == 4 and x.shape[1] == channels and negative_slope >= 0.0
-    if fits and _forward_problem(x, weight, stride, padding, transposed, 0).ways():
+    # What does not fit is for torch to complain of.
+    if (
+        x.ndim == weight.ndim == 4
+        and x.shape[1] == weight.shape[0 if transposed else 1]
+        and (bias is None or bias.shape == weight.shape[1 if transposed else 0 :][:1])
+        and stride >= 1
+        and padding >= 0
+        and negative_slope >= 0.0
+        and _forward_problem(x, weight, stride, padding, transposed, 0).ways()
+    ):
         return requested_backend()
     if requested_backend() != "auto":
         say_left_to_reference(

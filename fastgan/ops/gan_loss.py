@@ -58,13 +58,24 @@ def _(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(groups), logits.new_empty(groups), logits.new_empty(logits.shape)
 
 
+@torch.library.custom_op("fastgan::gan_loss_backward", mutates_args=())
+def gan_loss_backward(dloss: Tensor, dlogits: Tensor) -> Tensor:
+    """The gradient for ``dloss [groups]``, from what :func:`gan_loss_forward` returned."""
+    return (dlogits.view(len(dloss), -1) * dloss[:, None]).view(dlogits.shape)
+
+
+@gan_loss_backward.register_fake
+def _(dloss: Tensor, dlogits: Tensor) -> Tensor:
+    return torch.empty_like(dlogits)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
     (dlogits,) = ctx.saved_tensors
-    return (dlogits.view(len(dloss), -1) * dloss[:, None]).view(dlogits.shape), None
+    return gan_loss_backward(dloss, dlogits), None
 
 
 gan_loss_forward.register_autograd(_backward, setup_context=_setup_context)

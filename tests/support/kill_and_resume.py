@@ -33,6 +33,7 @@ SETTINGS = (
     *("--log-every", "1", "--keep", "2", "--seed", "5"),
 )
 
+
 def start(out: Path, steps: int, backend: str) -> subprocess.Popen[bytes]:
     # A run keeps the backend that it began with.
     begun = (out / "config.yaml").exists()

@@ -64,9 +64,7 @@ def measure(
     def distance(other: np.ndarray) -> np.ndarray:
         return np.sqrt(((other - truth) ** 2).mean(axis=0))
 
-    perturbed = [
-        distance(curves("reference", PERTURBATION, i + 1)) for i in range(PERTURBED_RUNS)
-    ]
+    perturbed = [distance(curves("reference", PERTURBATION, i + 1)) for i in range(PERTURBED_RUNS)]
     return Distances(distance(curves("cpp")), np.stack(perturbed))
 
 
