@@ -22,8 +22,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
         "-mprefer-vector-width=512",
     ]
-# For a sanitized build, say.
-FLAGS += os.environ.get("FASTGAN_CXXFLAGS", "").split()
+# For a sanitized build, say, whose reports name lines.
+OWN_FLAGS = os.environ.get("FASTGAN_CXXFLAGS", "").split()
+FLAGS += OWN_FLAGS
+STRIP = [] if OWN_FLAGS else ["-s"]
 FOLDER = Path("csrc/cpu")
 SOURCES = ["bindings.cpp", "dispatch.cpp", "pool.cpp", "shapes.cpp"]
 
@@ -63,7 +65,7 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, str(target), target_lang="c++", extra_postargs=[*FLAGS, "-s"]
+            objects, str(target), target_lang="c++", extra_postargs=[*FLAGS, *STRIP]
         )
 
 

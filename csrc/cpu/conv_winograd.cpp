@@ -32,6 +32,8 @@ constexpr size_t kChunkBytes = 8 << 20;
 constexpr int kWeightLines = 128;
 // Blocks of low channels in an item of wgrad, which has one block of high channels.
 constexpr int kWgradBlocks = 4;
+// Lines that wgrad sums over at a time.
+constexpr int kSumLines = 256;
 // Floats of a column block of an item's own weights.
 constexpr size_t kOwnBlock = size_t(kWeightLines) * kBlock;
 
@@ -611,11 +613,13 @@ void wgrad(ConvShape shape, const float* low, const float* high, float* dweight,
           for (int k = 0; k < kb; ++k)
             for (int i = 0; i < kBlock; i += kColumnsMR)
               for (int q = 0; q < 4; q += kNB)
-                columns_kernel<kColumnsMR, kNB>(
-                    V + k * plan.line_block + begin * kBlock + i, kBlock,
-                    M + q * plan.line_block + begin * kBlock, kBlock, plan.line_block,
-                    own.C + p * own.c_point + q * parity + (k * kBlock + i) * kBlock, parity,
-                    end - begin, false);
+                // In parts, as long sums in float32 lose digits.
+                for (int t = begin; t == begin || t < end; t += kSumLines)
+                  columns_kernel<kColumnsMR, kNB>(
+                      V + k * plan.line_block + t * kBlock + i, kBlock,
+                      M + q * plan.line_block + t * kBlock, kBlock, plan.line_block,
+                      own.C + p * own.c_point + q * parity + (k * kBlock + i) * kBlock, parity,
+                      std::min(kSumLines, end - t), t > begin);
         }
         for (int k = 0; k < kb; ++k)
           finish_weight<m>(plan, k0 + k, n, own.C + k * kBlock * kBlock, own.c_point, parity,

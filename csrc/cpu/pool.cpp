@@ -7,6 +7,12 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
 
 namespace fastgan {
 namespace {
@@ -20,7 +26,15 @@ size_t rounded(size_t bytes) {
 
 }  // namespace
 
+// A block is larger than asked for; a sanitized build may use only what was.
 void* Pool::acquire(size_t bytes, size_t* capacity) {
+  char* block = static_cast<char*>(take(bytes, capacity));
+  ASAN_UNPOISON_MEMORY_REGION(block, *capacity);
+  ASAN_POISON_MEMORY_REGION(block + bytes, *capacity - bytes);
+  return block;
+}
+
+void* Pool::take(size_t bytes, size_t* capacity) {
   const size_t wanted = rounded(bytes ? bytes : 1);
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = blocks_.lower_bound(wanted);
@@ -53,6 +67,7 @@ void* Pool::acquire(size_t bytes, size_t* capacity) {
 }
 
 void Pool::release(void* block, size_t capacity) {
+  ASAN_POISON_MEMORY_REGION(block, capacity);
   std::lock_guard<std::mutex> lock(mutex_);
   live_ -= capacity;
   idle_ += capacity;
@@ -69,6 +84,7 @@ void Pool::trim() {
 void Pool::trim_to(size_t idle) {
   while (idle_ > idle) {
     const auto block = blocks_.begin();
+    ASAN_UNPOISON_MEMORY_REGION(block->second, block->first);
     std::free(block->second);
     idle_ -= block->first;
     blocks_.erase(block);

@@ -24,6 +24,7 @@ class Pool {
   size_t held_bytes() const { return live_ + idle_; }
 
  private:
+  void* take(size_t bytes, size_t* capacity);
   void trim_to(size_t idle);
 
   const double waste_;
