@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgan.errors import InputError
 from fastgan.nn.modes import evaluation_mode
+from fastgan.ops.backend import use_backend
 
 # Nodes that only give the same numbers another shape or layout.
 _SHAPE_NODES = frozenset(
@@ -110,7 +111,8 @@ class DiscriminatorOutput:
 
     def _find_final_sigmoid(self, netD: nn.Module, sample: Tensor) -> tuple[str, Tensor]:
         """What ``netD`` ends in and what it returns; sets the sigmoid to skip if it ends in one."""
-        with evaluation_mode(netD), torch.enable_grad():
+        # Plain torch's graph is what can be read.
+        with evaluation_mode(netD), torch.enable_grad(), use_backend("reference"):
             with _CountSigmoids() as seen:
                 scores = netD(sample)
             last = _last_operation(scores.grad_fn)

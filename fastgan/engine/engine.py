@@ -417,7 +417,7 @@ class Engine:
         """Find out, once, what G makes and D returns; neither network nor generator is changed."""
         if self._image_shape is None:
             devices = [self.device] if self.device.type == "cuda" else []
-            # What D ends in is read off plain torch's graph.
+            # Shapes are all that is asked for: nothing is worth a measurement.
             with (
                 torch.random.fork_rng(devices),
                 evaluation_mode(self.netD),
