@@ -131,12 +131,11 @@ def setup(case: Case, way: str) -> Run:
         if case.direction == "wgrad":
             out = cpp.empty_images(*weight.shape)
             conv._run_wgrad(way, problem, low, high, out)
-        elif case.direction == "fprop":
-            out = problem.low()
-            conv._run_fprop(way, problem, high, weight, out, conv._Epilogue())
         else:
-            out = problem.high()
-            conv._run_dgrad(way, problem, low, weight, out, conv._Epilogue())
+            transposed = case.direction == "dgrad"
+            x = low if transposed else high
+            out = cpp.empty_images(*problem.output(transposed))
+            conv._run_forward(way, problem, transposed, x, weight, out, conv._Epilogue())
         return [out]
 
     return run

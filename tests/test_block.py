@@ -145,7 +145,8 @@ def test_block(nan_outputs, kind, sizes, activation, training):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", ["auto", "cpp", "reference"])
 @pytest.mark.parametrize("kind", OPS)
-def test_layouts_backends_and_a_bias(nan_outputs, kind, backend, layout, training):
+def test_layouts_backends_and_a_bias(nan_outputs, prefer, kind, backend, layout, training):
+    prefer("winograd2")  # What a larger tile rounds depends on the draw of so few channels.
     check(kind, BLOCKS[kind][0], "leaky_relu", backend, layout, training, bias=True)
 
 

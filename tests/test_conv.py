@@ -144,16 +144,15 @@ def truth(direction, sizes):
 
 def run(way, direction, sizes, low, high, weight, epilogue=None, groups=0):
     problem = sizes.problem(groups)
-    epilogue = epilogue or ops._Epilogue()
-    if direction == "fprop":
-        out = problem.low()
-        ops._run_fprop(way, problem, high, weight, out, epilogue)
-    elif direction == "dgrad":
-        out = problem.high()
-        ops._run_dgrad(way, problem, low, weight, out, epilogue)
-    else:
+    if direction == "wgrad":
         out = cpp.empty_images(*sizes.weight)
         ops._run_wgrad(way, problem, low, high, out)
+    else:
+        transposed = direction == "dgrad"
+        x = low if transposed else high
+        out = cpp.empty_images(*problem.output(transposed))
+        epilogue = epilogue or ops._Epilogue()
+        ops._run_forward(way, problem, transposed, x, weight, out, epilogue)
     return out
 
 

@@ -13,7 +13,7 @@ from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, ImageSet, Loader
 from fastgan.engine.adam import Adam
 from fastgan.engine.d_output import DiscriminatorOutput
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import cpp, tuning
+from fastgan.ops import cpp
 from fastgan.ops.backend import machine_reasons
 
 SIZE, NZ = 16, 6
@@ -627,21 +627,6 @@ def test_parameters_and_activations_are_channels_last():
 
 
 needs_cpp = pytest.mark.skipif(bool(machine_reasons("cpp")), reason="no C++ kernels here")
-
-
-@pytest.fixture
-def prefer(monkeypatch, tmp_path):
-    """A machine that finds the way of a given name the fastest, and has measured nothing before."""
-
-    def start(way):
-        def measured(ways):
-            return {name: float(name != way) for name in ways}
-
-        monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / way))
-        monkeypatch.setattr(tuning, "_times", {})
-        monkeypatch.setattr(tuning, "_measure", measured)
-
-    return start
 
 
 @needs_cpp

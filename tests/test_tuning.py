@@ -200,7 +200,7 @@ def test_only_auto_takes_torchs(monkeypatch, backend, taken):
     times = {"winograd4": 3.0, "winograd2": 2.0, "torch": 1.0}
     monkeypatch.setattr(tuning, "_measure", lambda ways: times)
     took = set()
-    for name in ("_run_fprop", "_run_dgrad", "_run_wgrad"):
+    for name in ("_run_forward", "_run_wgrad"):
         run = getattr(conv, name)
         monkeypatch.setattr(
             conv, name, lambda way, *args, run=run: (took.add(way), run(way, *args))

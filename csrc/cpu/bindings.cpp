@@ -60,6 +60,20 @@ ConvEpilogue epilogue(Address bias, int activation, float negative_slope, Addres
   return {at(bias), Activation(activation), negative_slope, at(stats), groups};
 }
 
+// fprop and dgrad take the same: from one side, by the weight, to the other.
+template <typename Winograd, typename Thin>
+auto conv_forward(Winograd winograd, Thin thin) {
+  return [=](int tile, ConvShape s, Address in, const ConvWeight& weight, Address out,
+             const ConvEpilogue& e, int threads) {
+    Scratch scratch(tile ? kernels->winograd_scratch(tile, s, e.groups, threads)
+                         : kernels->thin_scratch(s, threads));
+    if (tile)
+      (kernels->*winograd)(tile, s, at(in), weight, at(out), e, scratch.floats(), threads);
+    else
+      (kernels->*thin)(s, at(in), weight, at(out), e, scratch.floats(), threads);
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -80,7 +94,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return kernels->isa; });
   m.def("isas", [] {
     py::list names;
-    for (const char* name : {"baseline", "avx2", "avx512"})
+    for (const char* name : kIsas)
       if (find_kernels(name)) names.append(name);
     return names;
   });
@@ -113,45 +127,18 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("conv_images_per_stats_tile", &conv_images_per_stats_tile);
 
   // Tiles of side m (2, 3, 4) by Winograd; m = 0 is the direct kernel for up to 4 high channels.
-  m.def(
-      "conv_fprop",
-      [](int tile, ConvShape s, Address high, const ConvWeight& weight, Address low,
-         const ConvEpilogue& e, int threads) {
-        if (tile) {
-          Scratch scratch(kernels->winograd_scratch(tile, s, e.groups, threads));
-          kernels->winograd_fprop(tile, s, at(high), weight, at(low), e, scratch.floats(),
-                                  threads);
-        } else {
-          Scratch scratch(kernels->thin_scratch(s, threads));
-          kernels->thin_fprop(s, at(high), weight, at(low), e, scratch.floats(), threads);
-        }
-      },
-      Release());
-  m.def(
-      "conv_dgrad",
-      [](int tile, ConvShape s, Address low, const ConvWeight& weight, Address high,
-         const ConvEpilogue& e, int threads) {
-        if (tile) {
-          Scratch scratch(kernels->winograd_scratch(tile, s, e.groups, threads));
-          kernels->winograd_dgrad(tile, s, at(low), weight, at(high), e, scratch.floats(),
-                                  threads);
-        } else {
-          Scratch scratch(kernels->thin_scratch(s, threads));
-          kernels->thin_dgrad(s, at(low), weight, at(high), e, scratch.floats(), threads);
-        }
-      },
-      Release());
+  m.def("conv_fprop", conv_forward(&Kernels::winograd_fprop, &Kernels::thin_fprop), Release());
+  m.def("conv_dgrad", conv_forward(&Kernels::winograd_dgrad, &Kernels::thin_dgrad), Release());
   m.def(
       "conv_wgrad",
       [](int tile, ConvShape s, Address low, Address high, Address dweight, int threads) {
-        if (tile) {
-          Scratch scratch(kernels->winograd_scratch(tile, s, 1, threads));
+        Scratch scratch(tile ? kernels->winograd_scratch(tile, s, 1, threads)
+                             : kernels->thin_scratch(s, threads));
+        if (tile)
           kernels->winograd_wgrad(tile, s, at(low), at(high), at(dweight), scratch.floats(),
                                   threads);
-        } else {
-          Scratch scratch(kernels->thin_scratch(s, threads));
+        else
           kernels->thin_wgrad(s, at(low), at(high), at(dweight), scratch.floats(), threads);
-        }
       },
       Release());
 

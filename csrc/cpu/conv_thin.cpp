@@ -83,17 +83,10 @@ void window_kernel(const float* rows, size_t row, const float* weight, size_t bl
   Tile tile;
   tile.start();
   for (int kh = 0; kh < 4; ++kh) {
-    const float* in = rows + kh * row;
 #pragma GCC unroll 4
-    for (int k = 0; k < 4 * kChannels; ++k) {
-      Vec w[Tile::kVectors];
-      Tile::read(w, weight + (kh * 4 * kChannels + k) * kBlock, block);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const Vec x = broadcast(in[i * 2 * kChannels + k]);
-        for (int j = 0; j < Tile::kVectors; ++j) tile.r[i][j] += x * w[j];
-      }
-    }
+    for (int k = 0; k < 4 * kChannels; ++k)
+      tile.template add_product<2 * kChannels>(
+          rows + kh * row + k, weight + (kh * 4 * kChannels + k) * kBlock, block);
   }
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < Tile::kVectors; ++j) out[i * Tile::kVectors + j] = tile.r[i][j];
@@ -125,25 +118,23 @@ void fprop(const Plan& plan, const float* high, const float* packed, float* low,
       float* rows = scratch + omp_get_thread_num() * plan.thread_floats();
       copy_rows(plan, high, image, y, rows);
       float* out_row = low + (size_t(image) * s.h + y) * s.w * s.cl;
-      for (int n = 0; n < plan.cl_blocks; n += kNB) {
-        const int nb = n + kNB <= plan.cl_blocks ? kNB : 1;
-        for (int left = n; left < std::min(n + kNB, plan.cl_blocks); left += nb)
-          for_each_part(s.w, kRowsMR, [&](int first, int count) {
-            Vec tile[kRowsMR * kNB * kVecsPerBlock];
-            window_kernel_for<kChannels>(count, nb)(rows + size_t(first) * 2 * kChannels, plan.row,
-                                                    packed + left * block, block, tile);
-            const int vectors = nb * kVecsPerBlock;
-            for (int j = 0; j < vectors; ++j) {
-              const int c = left * kBlock + j * kVec;
-              const Vec bias = epilogue.bias ? load_first(epilogue.bias + c, s.cl - c) : Vec{};
-              for (int i = 0; i < count; ++i)
-                store_first(out_row + size_t(first + i) * s.cl + c,
-                            activate<kActivation>(tile[i * vectors + j] + bias,
-                                                  epilogue.negative_slope),
-                            s.cl - c);
-            }
-          });
-      }
+      for_each_panel(plan.cl_blocks, [&](int n, int nb) {
+        for_each_part(s.w, kRowsMR, [&](int first, int count) {
+          Vec tile[kRowsMR * kNB * kVecsPerBlock];
+          window_kernel_for<kChannels>(count, nb)(rows + size_t(first) * 2 * kChannels, plan.row,
+                                                  packed + n * block, block, tile);
+          const int vectors = nb * kVecsPerBlock;
+          for (int j = 0; j < vectors; ++j) {
+            const int c = n * kBlock + j * kVec;
+            const Vec bias = epilogue.bias ? load_first(epilogue.bias + c, s.cl - c) : Vec{};
+            for (int i = 0; i < count; ++i)
+              store_first(out_row + size_t(first + i) * s.cl + c,
+                          activate<kActivation>(tile[i * vectors + j] + bias,
+                                                epilogue.negative_slope),
+                          s.cl - c);
+          }
+        });
+      });
     }
 }
 
@@ -241,17 +232,15 @@ void wgrad(const Plan& plan, const float* low, const float* high, float* dweight
         for (int y = 0; y < s.h; ++y, add = true) {
           copy_rows(plan, high, image, y, rows);
           block_row(plan, low + (size_t(image) * s.h + y) * s.w * s.cl, blocked);
-          for (int n = 0; n < plan.cl_blocks; n += kNB) {
-            const int nb = n + kNB <= plan.cl_blocks ? kNB : 1;
-            for (int left = n; left < std::min(n + kNB, plan.cl_blocks); left += nb)
-              for (int kh = 0; kh < 4; ++kh)
-                for_each_part(plan.taps, kColumnsMR, [&](int first, int count) {
-                  columns_kernel_for(count, nb)(
-                      rows + kh * plan.row + first, 2 * s.ch, blocked + left * plan.low_row, kBlock,
-                      plan.low_row, C + left * c_block + (kh * plan.taps + first) * kBlock, c_block,
-                      s.w, add);
-                });
-          }
+          for_each_panel(plan.cl_blocks, [&](int n, int nb) {
+            for (int kh = 0; kh < 4; ++kh)
+              for_each_part(plan.taps, kColumnsMR, [&](int first, int count) {
+                columns_kernel_for(count, nb)(
+                    rows + kh * plan.row + first, 2 * s.ch, blocked + n * plan.low_row, kBlock,
+                    plan.low_row, C + n * c_block + (kh * plan.taps + first) * kBlock, c_block,
+                    s.w, add);
+              });
+          });
         }
     }
     // Slots in order; then from [cl block][kh · taps][16] to [cl][kh][kw][ch].
@@ -283,7 +272,7 @@ size_t scratch(ConvShape s, int threads) {
 }
 
 void fprop(ConvShape s, const float* high, ConvWeight w, float* low, ConvEpilogue epilogue,
-                float* scratch, int threads) {
+           float* scratch, int threads) {
   const Plan plan(s);
   // packed[cl block][kh][tap][16]
   for (int cl = 0; cl < plan.cl_blocks * kBlock; ++cl)
@@ -301,7 +290,7 @@ void fprop(ConvShape s, const float* high, ConvWeight w, float* low, ConvEpilogu
 }
 
 void dgrad(ConvShape s, const float* low, ConvWeight w, float* high, ConvEpilogue epilogue,
-                float* scratch, int threads) {
+           float* scratch, int threads) {
   const Plan plan(s);
   // packed[tap block][cl][16]
   const size_t block = size_t(plan.cl_blocks) * kBlock * kBlock;
@@ -317,8 +306,9 @@ void dgrad(ConvShape s, const float* low, ConvWeight w, float* high, ConvEpilogu
 }
 
 void wgrad(ConvShape s, const float* low, const float* high, float* dweight, float* scratch,
-                int threads) {
-  wgrad(Plan(s), low, high, dweight, scratch + Plan(s).weight_floats(), threads);
+           int threads) {
+  const Plan plan(s);
+  wgrad(plan, low, high, dweight, scratch + plan.weight_floats(), threads);
 }
 
 }  // namespace fastgan::FASTGAN_ISA::thin

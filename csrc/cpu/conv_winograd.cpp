@@ -26,7 +26,7 @@
 
 namespace fastgan::FASTGAN_ISA::winograd {
 
-// Bytes of transformed tensors that a chunk may take, of products that an item may take.
+// Bytes of transformed tensors that a chunk may take.
 constexpr size_t kChunkBytes = 8 << 20;
 // Lines of weights, of 16 channels each, that an item transforms at a time.
 constexpr int kWeightLines = 128;
@@ -52,8 +52,8 @@ struct Plan {
   int tiles_y, tiles_x, tiles, cl_blocks, ch_blocks;
   int full_y, full_x;  // of the tiles, those that are not partial
   int images_per_sub, subs_per_group, groups;
-  int subs, subs_per_chunk, max_tiles;  // tiles in a chunk
-  size_t line_block;                    // floats of a channel block's lines in V and M
+  int subs, subs_per_chunk;
+  size_t line_block;  // floats of a channel block's lines in V and M, those of a chunk
   // Of the scratch: what all threads share, and each one's products and weights of an item.
   size_t zero_floats, v_floats, m_floats, packed_floats, u_floats, product_floats, weight_floats;
 
@@ -71,8 +71,7 @@ struct Plan {
     const size_t tile_bytes = sizeof(float) * kBlock * points * (cl_blocks + 4 * ch_blocks);
     const size_t sub_bytes = tile_bytes * tiles * images_per_sub;
     subs_per_chunk = std::clamp<int>(kChunkBytes / sub_bytes, 1, subs);
-    max_tiles = tiles * images_per_sub * subs_per_chunk;
-    line_block = plane(max_tiles);
+    line_block = plane(tiles * images_per_sub * subs_per_chunk);
     v_floats = points * line_block * cl_blocks;
     m_floats = points * line_block * ch_blocks * 4;
     packed_floats = size_t(16) * cl_blocks * ch_blocks * kBlock * kBlock;
@@ -210,30 +209,35 @@ void transform_high(const Plan<m>& plan, const HighWindow<m>& window, int tile, 
   });
 }
 
-// V of the tiles of a sub, whose lines begin at `first_line`. Called by every thread of a team, which
-// goes on as it is done.
-template <int m>
-void transform_sub_low(const Plan<m>& plan, const Sub& sub, int first_line, const float* low,
-                       const float* zeros, float* V) {
+// Calls f(image, ty, tx, line) for every tile of a sub. Called by every thread of a team, which
+// shares them out and goes on as it is done.
+template <int m, typename F>
+void share_tiles(const Plan<m>& plan, const Sub& sub, F f) {
 #pragma omp for schedule(dynamic, 4) nowait
   for (int t = 0; t < sub.images * plan.tiles; ++t) {
     const int image = t / plan.tiles;
     const int ty = t % plan.tiles / plan.tiles_x, tx = t % plan.tiles_x;
-    transform_low<m>(plan, LowWindow<m>(plan.s, low, zeros, sub.image + image, ty, tx),
-                     first_line + plan.line(sub, image, ty, tx), V);
+    f(sub.image + image, ty, tx, plan.line(sub, image, ty, tx));
   }
 }
 
+// V of the tiles of a sub, whose lines begin at `first_line`.
+template <int m>
+void transform_sub_low(const Plan<m>& plan, const Sub& sub, int first_line, const float* low,
+                       const float* zeros, float* V) {
+  share_tiles(plan, sub, [&](int image, int ty, int tx, int line) {
+    transform_low<m>(plan, LowWindow<m>(plan.s, low, zeros, image, ty, tx), first_line + line, V);
+  });
+}
+
+// M of the tiles of a sub, whose lines begin at `first_line`.
 template <int m>
 void transform_sub_high(const Plan<m>& plan, const Sub& sub, int first_line, const float* high,
                         const float* zeros, float* M) {
-#pragma omp for schedule(dynamic, 4) nowait
-  for (int t = 0; t < sub.images * plan.tiles; ++t) {
-    const int image = t / plan.tiles;
-    const int ty = t % plan.tiles / plan.tiles_x, tx = t % plan.tiles_x;
-    transform_high<m>(plan, HighWindow<m>(plan.s, high, zeros, sub.image + image, ty, tx),
-                      first_line + plan.line(sub, image, ty, tx), M);
-  }
+  share_tiles(plan, sub, [&](int image, int ty, int tx, int line) {
+    transform_high<m>(plan, HighWindow<m>(plan.s, high, zeros, image, ty, tx), first_line + line,
+                      M);
+  });
 }
 
 // The tap of parity r that multiplies x[o - i], i = 0 or 1: see winograd.h.
@@ -366,10 +370,8 @@ void finish_high(const Plan<m>& plan, const Sub& sub, int ch_block, const float*
               const Vec out =
                   activate(epilogue.activation, v[j + q] + bias, epilogue.negative_slope);
               if (epilogue.stats) stats.add(out);
-              float* to = high +
-                              ((size_t(sub.image + image) * 2 * s.h + 2 * y + r) * 2 * s.w +
-                               2 * x + q) * s.ch +
-                              c;
+              const size_t row = size_t(sub.image + image) * 2 * s.h + 2 * y + r;
+              float* to = high + (row * 2 * s.w + 2 * x + q) * s.ch + c;
               __builtin_prefetch(to + (q == 0 ? 2 : -2) * m * s.ch, 1);
               store_first(to, out, left);
             }
@@ -433,30 +435,58 @@ struct Scratch {
 template <int m>
 struct Item {
   float *C, *U;
-  size_t c_point, u_point;
+  size_t c_point, c_block, u_point;
 
-  Item(const Plan<m>& plan, const Scratch& scratch, size_t lines)
+  Item(const Plan<m>& plan, const Scratch& scratch, int column_blocks, int lines)
       : C(scratch.items + omp_get_thread_num() * (plan.product_floats + plan.weight_floats)),
         U(C + plan.product_floats),
-        c_point(plane(lines)),
+        c_point(plane(size_t(column_blocks) * lines)),
+        c_block(size_t(lines) * kBlock),
         u_point(plane(kNB * kWeightLines)) {}
 };
 
-// C (+)= A · B at every point, for `nb` column blocks of a sub. Lines that do not matter get zeros.
+// Transformed weights of the columns of an item: U[p][column block][line].
+struct Weights {
+  const float* U;
+  size_t point, block;
+};
+
+// C (+)= A · U at every point, for `nb` column blocks of a sub. Lines that do not matter get zeros.
 template <int m>
-void multiply_points(const Plan<m>& plan, const Sub& sub, int k_blocks, int nb, const float* A,
-                     size_t a_point, const float* B, size_t b_point, size_t b_block, float* C,
-                     size_t c_point, size_t c_block, bool add) {
+void multiply_points(const Plan<m>& plan, const Sub& sub, const Item<m>& own, int k_blocks, int nb,
+                     const float* A, size_t a_point, const Weights& weights, bool add) {
   const int lines = sub.images * plan.tiles;
   for (int p = 0; p < plan.points; ++p) {
     const auto [begin, end] = plan.lines_at(sub, p);
-    float* out = C + p * c_point;
+    float* out = own.C + p * own.c_point;
     multiply_rows(end - begin, k_blocks, nb, A + p * a_point + begin * kBlock, plan.line_block,
-                  B + p * b_point, b_block, out + begin * kBlock, c_block, add);
+                  weights.U + p * weights.point, weights.block, out + begin * kBlock, own.c_block,
+                  add);
     for (int n = 0; n < nb && !add; ++n) {
-      std::fill_n(out + n * c_block, begin * kBlock, 0.0f);
-      std::fill_n(out + n * c_block + end * kBlock, (lines - end) * kBlock, 0.0f);
+      std::fill_n(out + n * own.c_block, begin * kBlock, 0.0f);
+      std::fill_n(out + n * own.c_block + end * kBlock, (lines - end) * kBlock, 0.0f);
     }
+  }
+}
+
+// The products of an item, over `k_blocks` blocks of summed channels that are `block_lines` lines of
+// weights each. With no weights `kept`, make_weights(n, k, U, point) makes those of column block n
+// and summed block k, a slice at a time.
+template <int m, typename MakeWeights>
+void multiply_item(const Plan<m>& plan, const Sub& sub, const Item<m>& own, int k_blocks,
+                   int block_lines, int nb, const float* A, size_t a_point, const Weights& kept,
+                   MakeWeights make_weights) {
+  const int per_block = block_lines / kBlock;
+  if (plan.reuses_weights())
+    return multiply_points(plan, sub, own, k_blocks * per_block, nb, A, a_point, kept, false);
+  const int most = kWeightLines / block_lines;
+  for (int k = 0; k < k_blocks; k += most) {
+    const int blocks = std::min(most, k_blocks - k);
+    for (int n = 0; n < nb; ++n)
+      for (int b = 0; b < blocks; ++b)
+        make_weights(n, k + b, own.U + n * kOwnBlock + b * block_lines * kBlock, own.u_point);
+    multiply_points(plan, sub, own, blocks * per_block, nb, A + k * per_block * plan.line_block,
+                    a_point, {own.U, own.u_point, kOwnBlock}, k > 0);
   }
 }
 
@@ -465,21 +495,21 @@ void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
            ConvEpilogue epilogue, float* scratch, int threads) {
   const Plan<m> plan(shape, epilogue.groups);
   const Scratch all(plan, scratch);
-  const size_t u_block = size_t(plan.ch_blocks) * 4 * kBlock * kBlock;  // lines of a cl block
+  constexpr int block_lines = 4 * kBlock;  // (q, ch) of a ch block
+  const size_t u_block = size_t(plan.ch_blocks) * block_lines * kBlock;
   const size_t u_point = plane(u_block * plan.cl_blocks / kBlock);
-  const int item_tiles = plan.tiles * plan.images_per_sub;
   const int pairs = ceil_div(plan.cl_blocks, kNB);
 #pragma omp parallel num_threads(threads)
   {
-    const Item<m> own(plan, all, size_t(kNB) * item_tiles);
+    const Item<m> own(plan, all, kNB, plan.tiles * plan.images_per_sub);
     const WeightLines lines =
         weight_lines(weight, shape.cl, shape.ch, /*high_lines=*/true, all.packed);
     if (plan.reuses_weights()) {
 #pragma omp for collapse(2) schedule(dynamic)
       for (int n = 0; n < plan.cl_blocks; ++n)
         for (int k = 0; k < plan.ch_blocks; ++k)
-          weights_over_high<m>(lines, n, k,
-                               all.U + n * u_block + k * 4 * kBlock * kBlock, u_point);
+          weights_over_high<m>(lines, n, k, all.U + n * u_block + k * block_lines * kBlock,
+                               u_point);
     }
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
       const int last = std::min(first + plan.subs_per_chunk, plan.subs);
@@ -492,26 +522,15 @@ void fprop(ConvShape shape, const float* high, ConvWeight weight, float* low,
       for (int item = 0; item < (last - first) * pairs; ++item) {
         const Sub sub = plan.sub(first + item / pairs);
         const int n0 = item % pairs * kNB, nb = std::min(kNB, plan.cl_blocks - n0);
-        const float* A = all.M + size_t(sub.image - image0) * plan.tiles * kBlock;
-        const size_t a_point = plan.line_block * plan.ch_blocks * 4;
-        const size_t c_block = size_t(item_tiles) * kBlock;
-        if (plan.reuses_weights()) {
-          multiply_points(plan, sub, plan.ch_blocks * 4, nb, A, a_point, all.U + n0 * u_block,
-                          u_point, u_block, own.C, own.c_point, c_block, false);
-        } else {
-          constexpr int most = kWeightLines / (4 * kBlock);
-          for (int k = 0; k < plan.ch_blocks; k += most) {
-            const int blocks = std::min(most, plan.ch_blocks - k);
-            for (int n = 0; n < nb; ++n)
-              for (int b = 0; b < blocks; ++b)
-                weights_over_high<m>(lines, n0 + n, k + b,
-                                     own.U + n * kOwnBlock + b * 4 * kBlock * kBlock, own.u_point);
-            multiply_points(plan, sub, blocks * 4, nb, A + k * 4 * plan.line_block, a_point, own.U,
-                            own.u_point, kOwnBlock, own.C, own.c_point, c_block, k > 0);
-          }
-        }
+        multiply_item(plan, sub, own, plan.ch_blocks, block_lines, nb,
+                      all.M + size_t(sub.image - image0) * plan.tiles * kBlock,
+                      plan.line_block * plan.ch_blocks * 4,
+                      {all.U + n0 * u_block, u_point, u_block},
+                      [&](int n, int k, float* U, size_t point) {
+                        weights_over_high<m>(lines, n0 + n, k, U, point);
+                      });
         for (int n = 0; n < nb; ++n)
-          finish_low<m>(plan, sub, n0 + n, own.C + n * c_block, own.c_point, low, epilogue);
+          finish_low<m>(plan, sub, n0 + n, own.C + n * own.c_block, own.c_point, low, epilogue);
       }
     }
   }
@@ -522,13 +541,13 @@ void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
            ConvEpilogue epilogue, float* scratch, int threads) {
   const Plan<m> plan(shape, epilogue.groups);
   const Scratch all(plan, scratch);
-  const size_t u_block = size_t(plan.cl_blocks) * kBlock * kBlock;  // lines of a (ch block, q)
+  constexpr int block_lines = kBlock;  // cl of a cl block; columns are (q, ch block)
+  const size_t u_block = size_t(plan.cl_blocks) * block_lines * kBlock;
   const size_t u_point = plane(u_block * plan.ch_blocks * 4 / kBlock);
-  const int item_tiles = plan.tiles * plan.images_per_sub;
   const int pairs = ceil_div(plan.ch_blocks, kNB);
 #pragma omp parallel num_threads(threads)
   {
-    const Item<m> own(plan, all, size_t(kNB) * item_tiles);
+    const Item<m> own(plan, all, kNB, plan.tiles * plan.images_per_sub);
     const WeightLines lines =
         weight_lines(weight, shape.cl, shape.ch, /*high_lines=*/false, all.packed);
     if (plan.reuses_weights()) {
@@ -538,7 +557,7 @@ void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
           for (int k = 0; k < plan.cl_blocks; ++k)
             weights_over_low<m>(
                 lines, n, q, k,
-                all.U + (q * plan.ch_blocks + n) * u_block + k * kBlock * kBlock, u_point);
+                all.U + (q * plan.ch_blocks + n) * u_block + k * block_lines * kBlock, u_point);
     }
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
       const int last = std::min(first + plan.subs_per_chunk, plan.subs);
@@ -552,32 +571,19 @@ void dgrad(ConvShape shape, const float* low, ConvWeight weight, float* high,
         const Sub sub = plan.sub(first + item / (pairs * 4));
         const int q = item % 4;
         const int n0 = item / 4 % pairs * kNB, nb = std::min(kNB, plan.ch_blocks - n0);
-        const float* A = all.V + size_t(sub.image - image0) * plan.tiles * kBlock;
-        const size_t a_point = plan.line_block * plan.cl_blocks;
-        const size_t c_block = size_t(item_tiles) * kBlock;
-        if (plan.reuses_weights()) {
-          multiply_points(plan, sub, plan.cl_blocks, nb, A, a_point,
-                          all.U + (q * plan.ch_blocks + n0) * u_block, u_point, u_block, own.C,
-                          own.c_point, c_block, false);
-        } else {
-          constexpr int most = kWeightLines / kBlock;
-          for (int k = 0; k < plan.cl_blocks; k += most) {
-            const int blocks = std::min(most, plan.cl_blocks - k);
-            for (int n = 0; n < nb; ++n)
-              for (int b = 0; b < blocks; ++b)
-                weights_over_low<m>(lines, n0 + n, q, k + b,
-                                    own.U + n * kOwnBlock + b * kBlock * kBlock,
-                                    own.u_point);
-            multiply_points(plan, sub, blocks, nb, A + k * plan.line_block, a_point, own.U,
-                            own.u_point, kOwnBlock, own.C, own.c_point, c_block, k > 0);
-          }
-        }
+        multiply_item(plan, sub, own, plan.cl_blocks, block_lines, nb,
+                      all.V + size_t(sub.image - image0) * plan.tiles * kBlock,
+                      plan.line_block * plan.cl_blocks,
+                      {all.U + (q * plan.ch_blocks + n0) * u_block, u_point, u_block},
+                      [&](int n, int k, float* U, size_t point) {
+                        weights_over_low<m>(lines, n0 + n, q, k, U, point);
+                      });
         for (int n = 0; n < nb; ++n) {
           const auto finish = q == 0   ? &finish_high<m, 0, 0>
                               : q == 1 ? &finish_high<m, 0, 1>
                               : q == 2 ? &finish_high<m, 1, 0>
                                        : &finish_high<m, 1, 1>;
-          finish(plan, sub, n0 + n, own.C + n * c_block, own.c_point, high, epilogue);
+          finish(plan, sub, n0 + n, own.C + n * own.c_block, own.c_point, high, epilogue);
         }
       }
     }
@@ -592,8 +598,7 @@ void wgrad(ConvShape shape, const float* low, const float* high, float* dweight,
   const int low_items = ceil_div(plan.cl_blocks, kWgradBlocks);
 #pragma omp parallel num_threads(threads)
   {
-    const size_t parity = size_t(kWgradBlocks) * kBlock * kBlock;
-    const Item<m> own(plan, all, 4 * parity / kBlock);
+    const Item<m> own(plan, all, 4, kWgradBlocks * kBlock);  // a column block for each parity
     for (int first = 0; first < plan.subs; first += plan.subs_per_chunk) {
       const int last = std::min(first + plan.subs_per_chunk, plan.subs);
       // Sums run over all images of a chunk alike.
@@ -618,11 +623,11 @@ void wgrad(ConvShape shape, const float* low, const float* high, float* dweight,
                   columns_kernel<kColumnsMR, kNB>(
                       V + k * plan.line_block + t * kBlock + i, kBlock,
                       M + q * plan.line_block + t * kBlock, kBlock, plan.line_block,
-                      own.C + p * own.c_point + q * parity + (k * kBlock + i) * kBlock, parity,
-                      std::min(kSumLines, end - t), t > begin);
+                      own.C + p * own.c_point + q * own.c_block + (k * kBlock + i) * kBlock,
+                      own.c_block, std::min(kSumLines, end - t), t > begin);
         }
         for (int k = 0; k < kb; ++k)
-          finish_weight<m>(plan, k0 + k, n, own.C + k * kBlock * kBlock, own.c_point, parity,
+          finish_weight<m>(plan, k0 + k, n, own.C + k * kBlock * kBlock, own.c_point, own.c_block,
                            first > 0, dweight);
       }
     }
@@ -641,19 +646,19 @@ size_t scratch(int m, ConvShape s, int groups, int threads) {
 }
 
 void fprop(int m, ConvShape s, const float* high, ConvWeight weight, float* low,
-                    ConvEpilogue epilogue, float* scratch, int threads) {
+           ConvEpilogue epilogue, float* scratch, int threads) {
   (m == 2 ? fprop<2> : m == 3 ? fprop<3> : fprop<4>)(s, high, weight, low, epilogue, scratch,
                                                      threads);
 }
 
 void dgrad(int m, ConvShape s, const float* low, ConvWeight weight, float* high,
-                    ConvEpilogue epilogue, float* scratch, int threads) {
+           ConvEpilogue epilogue, float* scratch, int threads) {
   (m == 2 ? dgrad<2> : m == 3 ? dgrad<3> : dgrad<4>)(s, low, weight, high, epilogue, scratch,
                                                      threads);
 }
 
 void wgrad(int m, ConvShape s, const float* low, const float* high, float* dweight,
-                    float* scratch, int threads) {
+           float* scratch, int threads) {
   (m == 2 ? wgrad<2> : m == 3 ? wgrad<3> : wgrad<4>)(s, low, high, dweight, scratch, threads);
 }
 

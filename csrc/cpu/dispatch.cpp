@@ -1,6 +1,5 @@
 // Picks the instruction set at run time: one binary serves every CPU of its architecture.
 #include <cstring>
-#include <initializer_list>
 
 #include "kernels.h"
 
@@ -22,9 +21,10 @@ const Kernels* find_kernels(const char* isa) {
 }
 
 const Kernels& best_kernels() {
-  for (const char* isa : {"avx512", "avx2"})
-    if (const Kernels* kernels = find_kernels(isa)) return *kernels;
-  return kernels_baseline;
+  const Kernels* best = &kernels_baseline;
+  for (const char* isa : kIsas)
+    if (const Kernels* kernels = find_kernels(isa)) best = kernels;
+  return *best;
 }
 
 }  // namespace fastgan

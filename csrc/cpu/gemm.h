@@ -31,12 +31,21 @@ struct Accumulators {
   FASTGAN_INLINE size_t offset(int j, size_t block_stride) {
     return (j / kVecsPerBlock) * block_stride + (j % kVecsPerBlock) * kVec;
   }
-  FASTGAN_INLINE void read(Vec (&b)[kVectors], const float* p, size_t block_stride) {
-    for (int j = 0; j < kVectors; ++j) b[j] = load(p + offset(j, block_stride));
-  }
   inline __attribute__((always_inline)) void start() {
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < kVectors; ++j) r[i][j] = Vec{};
+  }
+  // r[i] += a[i · kStride] · (the line of B at b)
+  template <int kStride>
+  inline __attribute__((always_inline)) void add_product(const float* a, const float* b,
+                                                         size_t b_block) {
+    Vec bv[kVectors];
+    for (int j = 0; j < kVectors; ++j) bv[j] = load(b + offset(j, b_block));
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const Vec x = broadcast(a[i * kStride]);
+      for (int j = 0; j < kVectors; ++j) r[i][j] += x * bv[j];
+    }
   }
   // A sum that goes on is added to whole: adding to it term by term would round at its size.
   inline __attribute__((always_inline)) void finish(float* c, size_t c_block, bool add) const {
@@ -52,22 +61,14 @@ struct Accumulators {
 template <int MR, int NB>
 void rows_kernel(const float* a, size_t a_block, const float* b, size_t b_block, float* c,
                  size_t c_block, int k_blocks, bool add) {
-  using Tile = Accumulators<MR, NB>;
-  Tile tile;
+  Accumulators<MR, NB> tile;
   tile.start();
   for (int block = 0; block < k_blocks; ++block) {
     // A's next lines are too few in a row, and too far apart, for the hardware to foresee.
     for (int i = 0; i < MR; ++i) __builtin_prefetch(a + 2 * a_block + i * kBlock);
 #pragma GCC unroll 4
-    for (int k = 0; k < kBlock; ++k) {
-      Vec bv[Tile::kVectors];
-      Tile::read(bv, b + k * kBlock, b_block);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const Vec x = broadcast(a[i * kBlock + k]);
-        for (int j = 0; j < Tile::kVectors; ++j) tile.r[i][j] += x * bv[j];
-      }
-    }
+    for (int k = 0; k < kBlock; ++k)
+      tile.template add_product<kBlock>(a + k, b + k * kBlock, b_block);
     a += a_block;
     b += kBlock * kBlock;
   }
@@ -78,19 +79,11 @@ void rows_kernel(const float* a, size_t a_block, const float* b, size_t b_block,
 template <int MR, int NB>
 void columns_kernel(const float* a, size_t a_line, const float* b, size_t b_line, size_t b_block,
                     float* c, size_t c_block, int lines, bool add) {
-  using Tile = Accumulators<MR, NB>;
-  Tile tile;
+  Accumulators<MR, NB> tile;
   tile.start();
 #pragma GCC unroll 4
-  for (int t = 0; t < lines; ++t) {
-    Vec bv[Tile::kVectors];
-    Tile::read(bv, b + t * b_line, b_block);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const Vec x = broadcast(a[t * a_line + i]);
-      for (int j = 0; j < Tile::kVectors; ++j) tile.r[i][j] += x * bv[j];
-    }
-  }
+  for (int t = 0; t < lines; ++t)
+    tile.template add_product<1>(a + t * a_line, b + t * b_line, b_block);
   tile.finish(c, c_block, add);
 }
 
@@ -129,6 +122,14 @@ inline void for_each_part(int total, int most, F f) {
   }
 }
 
+// Calls f(first, nb) for all column blocks in panels of kNB, those that are left over one by one.
+template <typename F>
+inline void for_each_panel(int blocks, F f) {
+  int first = 0;
+  for (; first + kNB <= blocks; first += kNB) f(first, kNB);
+  for (; first < blocks; ++first) f(first, 1);
+}
+
 // C[rows x n_blocks·16] (+)= A[rows x k_blocks·16] · B. Blocks of A, B, C lie *_block floats apart.
 inline void multiply_rows(int rows, int k_blocks, int n_blocks, const float* a, size_t a_block,
                           const float* b, size_t b_block, float* c, size_t c_block, bool add) {
@@ -139,14 +140,12 @@ inline void multiply_rows(int rows, int k_blocks, int n_blocks, const float* a, 
     b += kMost * kBlock * kBlock;
     add = true;
   }
-  for (int n = 0; n < n_blocks; n += kNB) {
-    const int nb = n + kNB <= n_blocks ? kNB : 1;
-    for (int left = n; left < std::min(n + kNB, n_blocks); left += nb)
-      for_each_part(rows, kRowsMR, [&](int first, int count) {
-        rows_kernel_for(count, nb)(a + first * kBlock, a_block, b + left * b_block, b_block,
-                                   c + left * c_block + first * kBlock, c_block, k_blocks, add);
-      });
-  }
+  for_each_panel(n_blocks, [&](int n, int nb) {
+    for_each_part(rows, kRowsMR, [&](int first, int count) {
+      rows_kernel_for(count, nb)(a + first * kBlock, a_block, b + n * b_block, b_block,
+                                 c + n * c_block + first * kBlock, c_block, k_blocks, add);
+    });
+  });
 }
 
 }  // namespace fastgan::FASTGAN_ISA

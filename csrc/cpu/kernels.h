@@ -110,7 +110,10 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
-// The kernels named `isa` (baseline, avx2, avx512); null if there are none or the CPU cannot.
+// Slowest first.
+constexpr const char* kIsas[] = {"baseline", "avx2", "avx512"};
+
+// The kernels named `isa`, one of kIsas; null if there are none or the CPU cannot.
 const Kernels* find_kernels(const char* isa);
 // The fastest that the CPU can run.
 const Kernels& best_kernels();

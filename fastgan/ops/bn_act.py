@@ -70,7 +70,7 @@ def bn_act_forward(
         ``y``, and ``mean``, ``invstd``, biased ``var``, each ``[groups, C]``, or ``[1, C]`` and
         the running ones in evaluation.
     """
-    x, weight, bias = cpp.dense(x), _contiguous(weight), _contiguous(bias)
+    x, weight, bias = cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
     n, c, h, w = x.shape
     k, threads = cpp.kernels(), torch.get_num_threads()
     groups = groups if training else 1
@@ -120,7 +120,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
     mean, invstd, var = (x.new_empty(groups if training else 1, c) for _ in range(3))
-    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2), mean, invstd, var
+    return cpp.fake_images(x, n, c, h, w), mean, invstd, var
 
 
 @torch.library.custom_op("fastgan::bn_act_backward", mutates_args=())
@@ -136,7 +136,7 @@ def bn_act_backward(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx``, ``dweight``, ``dbias`` from what :func:`bn_act_forward` took and returned."""
-    dy, x, weight, bias = cpp.dense(dy), cpp.dense(x), _contiguous(weight), _contiguous(bias)
+    dy, x, weight, bias = cpp.dense(dy), cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
     n, c, h, w = x.shape
     groups = len(mean)
     dx, dweight, dbias = cpp.empty_images(n, c, h, w), cpp.empty(c), cpp.empty(c)
@@ -173,7 +173,7 @@ def _(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
-    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2), x.new_empty(c), x.new_empty(c)
+    return cpp.fake_images(x, n, c, h, w), x.new_empty(c), x.new_empty(c)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -195,10 +195,6 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, .
 
 
 bn_act_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def bn_act(

@@ -93,11 +93,15 @@ class _Problem:
     def shape(self) -> object:
         return cpp.kernels().ConvShape(self.n, self.h, self.w, self.cl, self.ch)
 
-    def low(self) -> Tensor:
-        return cpp.empty_images(self.n, self.cl, self.h, self.w)
+    def low(self) -> tuple[int, int, int, int]:
+        return self.n, self.cl, self.h, self.w
 
-    def high(self) -> Tensor:
-        return cpp.empty_images(self.n, self.ch, self.high_h, self.high_w)
+    def high(self) -> tuple[int, int, int, int]:
+        return self.n, self.ch, self.high_h, self.high_w
+
+    def output(self, transposed: bool) -> tuple[int, int, int, int]:
+        """The sizes of what comes out of the convolution, transposed or not."""
+        return self.high() if transposed else self.low()
 
     def stats_tiles(self, transposed: bool) -> int:
         """How many tiles of statistics a convolution's output has; see :func:`conv_forward`."""
@@ -168,7 +172,7 @@ class _Epilogue:
             y += self.bias.view(1, -1, 1, 1)
         if self.activation != "none":
             y.copy_(ACTIVATIONS[self.activation](y, self.negative_slope))
-        if self.stats is not None and self.stats.numel():
+        if self.stats is not None:
             k = cpp.kernels()
             images = k.conv_images_per_stats_tile(problem.shape(), problem.groups)
             n, c, h, w = y.shape
@@ -182,55 +186,41 @@ class _Epilogue:
             )
 
 
-def _native_weight(weight: Tensor) -> object:
-    return cpp.kernels().ConvWeight(weight.data_ptr(), *weight.stride())
-
-
 def _flat(x: Tensor) -> Tensor:
     """``[N, H·W·C]`` of a dense ``[N, C, H, W]``, or of a weight."""
     return x.permute(0, 2, 3, 1).reshape(len(x), -1)
 
 
-def _run_fprop(
-    way: str, problem: _Problem, high: Tensor, weight: Tensor, out: Tensor, epilogue: _Epilogue
+def _run_forward(
+    way: str,
+    problem: _Problem,
+    transposed: bool,
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    epilogue: _Epilogue,
 ) -> None:
+    """fprop, or dgrad where ``transposed``."""
     if way in _TILES:
-        cpp.kernels().conv_fprop(
+        k = cpp.kernels()
+        kernel = k.conv_dgrad if transposed else k.conv_fprop
+        kernel(
             _TILES[way],
             problem.shape(),
-            high.data_ptr(),
-            _native_weight(weight),
+            x.data_ptr(),
+            k.ConvWeight(weight.data_ptr(), *weight.stride()),
             out.data_ptr(),
             epilogue.native(problem.groups),
             torch.get_num_threads(),
         )
         return
     if way == "matmul":
-        torch.mm(_flat(high), _flat(weight).t(), out=_flat(out))
+        matrix = _flat(weight)
+        torch.mm(_flat(x), matrix if transposed else matrix.t(), out=_flat(out))
     else:
-        out.copy_(F.conv2d(high, weight, stride=problem.stride, padding=problem.padding))
-    epilogue.finish(problem, out, transposed=False)
-
-
-def _run_dgrad(
-    way: str, problem: _Problem, low: Tensor, weight: Tensor, out: Tensor, epilogue: _Epilogue
-) -> None:
-    if way in _TILES:
-        cpp.kernels().conv_dgrad(
-            _TILES[way],
-            problem.shape(),
-            low.data_ptr(),
-            _native_weight(weight),
-            out.data_ptr(),
-            epilogue.native(problem.groups),
-            torch.get_num_threads(),
-        )
-        return
-    if way == "matmul":
-        torch.mm(_flat(low), _flat(weight), out=_flat(out))
-    else:
-        out.copy_(F.conv_transpose2d(low, weight, stride=problem.stride, padding=problem.padding))
-    epilogue.finish(problem, out, transposed=True)
+        step = problem.stride, problem.padding
+        out.copy_(conv_reference(x, weight, None, *step, transposed, "none", 0.0))
+    epilogue.finish(problem, out, transposed)
 
 
 def _run_wgrad(way: str, problem: _Problem, low: Tensor, high: Tensor, out: Tensor) -> None:
@@ -296,17 +286,15 @@ def conv_forward(
         ``[0, 3, C]`` where ``groups`` is 0 or the kernel has no statistics.
     """
     problem = _forward_problem(x, weight, stride, padding, transposed, groups)
-    x, weight = cpp.dense(x), cpp.dense(weight)
-    bias = None if bias is None else bias.contiguous()
-    y = problem.high() if transposed else problem.low()
+    x, weight, bias = cpp.dense(x), cpp.dense(weight), cpp.contiguous(bias)
+    y = cpp.empty_images(*problem.output(transposed))
     stats = cpp.empty(problem.stats_tiles(transposed), 3, y.shape[1])
     epilogue = _Epilogue(bias, activation, negative_slope, stats if len(stats) else None)
-    run = _run_dgrad if transposed else _run_fprop
-    direction = "dgrad" if transposed else "fprop"
-    way = _choose(
-        direction, problem, backend, lambda way: run(way, problem, x, weight, y, epilogue)
-    )
-    run(way, problem, x, weight, y, epilogue)
+
+    def run(way: str) -> None:
+        _run_forward(way, problem, transposed, x, weight, y, epilogue)
+
+    run(_choose("dgrad" if transposed else "fprop", problem, backend, run))
     return y, stats
 
 
@@ -324,9 +312,9 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     problem = _forward_problem(x, weight, stride, padding, transposed, groups)
-    n, c, h, w = _output_sizes(x, weight, stride, padding, transposed)
-    y = x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
-    return y, x.new_empty(problem.stats_tiles(transposed), 3, c)
+    sizes = problem.output(transposed)
+    stats = x.new_empty(problem.stats_tiles(transposed), 3, sizes[1])
+    return cpp.fake_images(x, *sizes), stats
 
 
 @torch.library.custom_op("fastgan::conv_wgrad", mutates_args=())
@@ -343,8 +331,11 @@ def conv_wgrad(
     problem = _problem(low.shape, high.shape, sizes, stride, padding)
     low, high = cpp.dense(low), cpp.dense(high)
     out = cpp.empty_images(*sizes)
-    way = _choose("wgrad", problem, backend, lambda way: _run_wgrad(way, problem, low, high, out))
-    _run_wgrad(way, problem, low, high, out)
+
+    def run(way: str) -> None:
+        _run_wgrad(way, problem, low, high, out)
+
+    run(_choose("wgrad", problem, backend, run))
     return out
 
 
@@ -357,8 +348,7 @@ def _(
     padding: int,
     backend: str,
 ) -> Tensor:
-    cl, ch = low.shape[1], high.shape[1]
-    return low.new_empty(cl, *kernel, ch).permute(0, 3, 1, 2)
+    return cpp.fake_images(low, low.shape[1], high.shape[1], kernel[0], kernel[1])
 
 
 @torch.library.custom_op("fastgan::act_backward", mutates_args=())
@@ -380,8 +370,7 @@ def act_backward(dy: Tensor, y: Tensor, activation: str, negative_slope: float) 
 
 @act_backward.register_fake
 def _(dy: Tensor, y: Tensor, activation: str, negative_slope: float) -> Tensor:
-    n, c, h, w = y.shape
-    return y.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+    return cpp.fake_images(y, *y.shape)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

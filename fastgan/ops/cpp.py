@@ -74,7 +74,16 @@ def empty(*shape: int) -> Tensor:
 
 def empty_images(n: int, c: int, h: int, w: int) -> Tensor:
     """A tensor ``[n, c, h, w]`` of the pool in ``torch.channels_last``."""
-    return _empty((n, c, h, w), (h * w * c, 1, w * c, c))
+    return _empty((n, c, h, w), _image_strides(c, h, w))
+
+
+def fake_images(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    """What :func:`empty_images` returns, of the kind of ``x``: for an op's fake."""
+    return x.new_empty_strided((n, c, h, w), _image_strides(c, h, w))
+
+
+def _image_strides(c: int, h: int, w: int) -> tuple[int, int, int, int]:
+    return h * w * c, 1, w * c, c
 
 
 def _empty(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
@@ -89,6 +98,11 @@ def _empty(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
 def dense(x: Tensor) -> Tensor:
     """``x [N, C, H, W]`` with its memory in the order N, H, W, C; a copy only where it is not."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """``x`` with its elements next to one another; a copy only where they are not."""
+    return None if x is None else x.contiguous()
 
 
 def address(x: Tensor | None) -> int:
