@@ -52,12 +52,13 @@ class Case:
     stride: int = 2
     padding: int = 1
 
-    def problem(self) -> conv._Problem:
+    def kernels(self) -> conv._Cpp:
         high = (self.side - 1) * self.stride - 2 * self.padding + self.kernel
-        return conv._Problem(
+        problem = conv._Problem(
             n=self.n, cl=self.cl, h=self.side, w=self.side, ch=self.ch, high_h=high, high_w=high,
             kh=self.kernel, kw=self.kernel, stride=self.stride, padding=self.padding, groups=0,
         )  # fmt: skip
+        return conv._Cpp(problem)
 
     def gflop(self) -> float:
         """Of the direct convolution, the same for every way and direction."""
@@ -90,7 +91,7 @@ def ways(case: Case) -> tuple[str, ...]:
     """Every way that can compute it, also those that fastgan does not consider."""
     if cpp.missing_reasons():
         return tuple(TORCH)
-    own = case.problem().ways()
+    own = case.kernels().ways(case.direction)
     if "matmul" not in own:
         own = tuple(dict.fromkeys(("winograd2", "winograd3", "winograd4", *own)))
     return (*TORCH, *own, "torch")
@@ -99,7 +100,7 @@ def ways(case: Case) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=1)
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Low side, high side, weight."""
-    p, draw = case.problem(), generator(0, "bench_conv")
+    p, draw = case.kernels().problem, generator(0, "bench_conv")
     shapes = (
         (p.n, p.cl, p.h, p.w),
         (p.n, p.ch, p.high_h, p.high_w),
@@ -124,18 +125,18 @@ def setup(case: Case, way: str) -> Run:
         )
         return lambda: [_torch(case, low, high, weight)]
 
-    problem = case.problem()
+    kernels = case.kernels()
     low, high, weight = map(cpp.dense, _inputs(case))
 
     def run() -> list[Tensor]:
         if case.direction == "wgrad":
             out = cpp.empty_images(*weight.shape)
-            conv._run_wgrad(way, problem, low, high, out)
+            kernels.wgrad(way, low, high, out)
         else:
             transposed = case.direction == "dgrad"
             x = low if transposed else high
-            out = cpp.empty_images(*problem.output(transposed))
-            conv._run_forward(way, problem, transposed, x, weight, out, conv._Epilogue())
+            out = cpp.empty_images(*kernels.problem.output(transposed))
+            kernels.forward(way, transposed, x, weight, out, conv._Epilogue())
         return [out]
 
     return run
@@ -170,9 +171,10 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     candidates: tuple[str, ...] = ()
     chosen = None
     if not cpp.missing_reasons():
-        candidates = (*case.problem().ways(), "torch")
-        chosen = conv._choose(
-            case.direction, case.problem(), "auto", lambda way: setup(case, way)()
+        kernels = case.kernels()
+        candidates = (*kernels.ways(case.direction), "torch")
+        chosen = kernels.choose(
+            case.direction, "auto", torch.device("cpu"), lambda way: setup(case, way)()
         )
     return {
         **dataclasses.asdict(case),

@@ -1,11 +1,17 @@
 """Shared fixtures: small data, and no trace left outside the tests' own folders."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastgan.ops import cpp, tuning
+# Read when triton is imported. Where torch has a GPU, the Triton kernels run on it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fastgan.ops import cpp, triton, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +33,26 @@ def nan_outputs(monkeypatch):
         return torch.empty_strided(shape, strides).fill_(torch.nan)
 
     monkeypatch.setattr(cpp, "_empty", empty)
+    if not triton.missing_reasons():
+        monkeypatch.setattr(
+            triton.kernels("common"),
+            "_empty",
+            lambda shape, strides, dtype, device: torch.empty_strided(
+                shape, strides, dtype=dtype, device=device
+            ).fill_(torch.nan),
+        )
+
+
+@pytest.fixture
+def honest_triton():
+    """Where the Triton kernels are interpreted, as strictly as a GPU would run them."""
+    if not triton.interpreted():
+        yield
+        return
+    from support.interpreter_guard import guarded
+
+    with guarded():
+        yield
 
 
 @pytest.fixture
@@ -50,7 +76,7 @@ def prefer(monkeypatch, tmp_path):
     """A machine that finds the way of a given name the fastest, and has measured nothing before."""
 
     def start(way):
-        def measured(ways):
+        def measured(ways, device):
             return {name: float(name != way) for name in ways}
 
         monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / way))

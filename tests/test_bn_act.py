@@ -160,7 +160,9 @@ def test_each_instruction_set(nan_outputs, use_isa, isa, groups, shape, activati
 @pytest.mark.parametrize("shape", [(8, 5, 16, 16), (64, 24, 4, 4), (2, 3, 64, 64)], ids=str)
 def test_statistics_of_a_large_mean_and_a_small_deviation(nan_outputs, shape):
     x = 1e3 + 1e-2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    _, mean, _, var = bn_act_forward(x, None, None, None, None, None, True, EPS, 2, "none", 0.0)
+    _, mean, _, var = bn_act_forward(
+        x, None, None, None, None, None, True, EPS, 2, "none", 0.0, "cpp"
+    )
     for g, part in enumerate(x.double().chunk(2)):
         assert error(mean[g], part.mean((0, 2, 3))) < 1e-7
         assert error(var[g], part.var((0, 2, 3), correction=0)) < 1e-4
@@ -294,12 +296,12 @@ def test_opcheck(training, affine):
     x, weight, bias, mean, var, dy = arguments((6, 5, 4, 7), "nhwc", affine)
     inputs = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(
-        bn_act_forward, (*inputs, mean, var, None, training, EPS, 2, "leaky_relu", 0.2)
+        bn_act_forward, (*inputs, mean, var, None, training, EPS, 2, "leaky_relu", 0.2, "cpp")
     )
     groups = 2 if training else 1
     of_groups = torch.randn(groups, 5), torch.rand(groups, 5) + 0.5
     torch.library.opcheck(
-        bn_act_backward, (dy, x, *of_groups, weight, bias, training, "leaky_relu", 0.2)
+        bn_act_backward, (dy, x, *of_groups, weight, bias, training, "leaky_relu", 0.2, "cpp")
     )
 
 

@@ -64,8 +64,9 @@ class Sizes(NamedTuple):
             return ("matmul", "torch")
         return (*WINOGRADS, *(["thin"] if self.ch <= 4 else []), "torch")
 
-    def problem(self, groups=0):
-        return ops._problem(self.low, self.high, self.weight, self.stride, self.padding, groups)
+    def kernels(self, groups=0):
+        problem = ops._problem(self.low, self.high, self.weight, self.stride, self.padding, groups)
+        return ops._Cpp(problem)
 
 
 def projection(n, cl, ch, kernel):
@@ -143,16 +144,16 @@ def truth(direction, sizes):
 
 
 def run(way, direction, sizes, low, high, weight, epilogue=None, groups=0):
-    problem = sizes.problem(groups)
+    kernels = sizes.kernels(groups)
     if direction == "wgrad":
         out = cpp.empty_images(*sizes.weight)
-        ops._run_wgrad(way, problem, low, high, out)
+        kernels.wgrad(way, low, high, out)
     else:
         transposed = direction == "dgrad"
         x = low if transposed else high
-        out = cpp.empty_images(*problem.output(transposed))
+        out = cpp.empty_images(*kernels.problem.output(transposed))
         epilogue = epilogue or ops._Epilogue()
-        ops._run_forward(way, problem, transposed, x, weight, out, epilogue)
+        kernels.forward(way, transposed, x, weight, out, epilogue)
     return out
 
 
@@ -216,7 +217,7 @@ def test_epilogue(nan_outputs, sizes, way, direction, activation):
     transposed = direction == "dgrad"
     channels = sizes.ch if transposed else sizes.cl
     bias = torch.randn(channels, generator=torch.Generator().manual_seed(1))
-    stats = cpp.empty(sizes.problem(groups).stats_tiles(transposed), 3, channels)
+    stats = cpp.empty(sizes.kernels(groups).stats_tiles(transposed), 3, channels)
     epilogue = ops._Epilogue(bias, activation, 0.2, stats if len(stats) else None)
     got = run(way, direction, sizes, *tensors, epilogue, groups)
 
@@ -254,7 +255,7 @@ def test_statistics_of_a_large_mean_and_a_small_deviation(nan_outputs, way, dire
     transposed = direction == "dgrad"
     channels = sizes.ch if transposed else sizes.cl
     scale = 1e-2 / truth(direction, sizes)[0].std()
-    stats = cpp.empty(sizes.problem(2).stats_tiles(transposed), 3, channels)
+    stats = cpp.empty(sizes.kernels(2).stats_tiles(transposed), 3, channels)
     epilogue = ops._Epilogue(torch.full((channels,), 1e3), stats=stats)
     y = run(way, direction, sizes, low, high, weight * scale.float(), epilogue, 2)
     mean, var = merged(stats, 2)
@@ -367,7 +368,7 @@ def test_act_backward(nan_outputs, activation, count):
     y = ACTIVATIONS[activation](leaf, 0.2)
     y.backward(dy)
     ACTIVATIONS[activation](leaf64, 0.2).backward(dy.double())
-    got = ops.act_backward(dy, y.detach(), activation, 0.2)
+    got = ops.act_backward(dy, y.detach(), activation, 0.2, "cpp")
     assert error(got, leaf64.grad) <= limit(leaf.grad, leaf64.grad)
 
 
@@ -388,7 +389,7 @@ def test_activations_of_what_is_not_finite(nan_outputs, sizes, way, direction, a
     dy = torch.ones_like(want)
     dy[0] = torch.nan
     want.backward(dy)
-    dz = ops.act_backward(dy, want.detach(), activation, 0.2)
+    dz = ops.act_backward(dy, want.detach(), activation, 0.2, "cpp")
     torch.testing.assert_close(dz, z.grad, equal_nan=True)
 
 
@@ -489,7 +490,7 @@ def test_opcheck_of_the_gradients(sizes):
     low, high = torch.randn(sizes.low), torch.randn(sizes.high)
     step = sizes.stride, sizes.padding
     torch.library.opcheck(ops.conv_wgrad, (low, high, list(sizes.kernel), *step, "cpp"))
-    torch.library.opcheck(ops.act_backward, (low, low.tanh(), "tanh", 0.0))
+    torch.library.opcheck(ops.act_backward, (low, low.tanh(), "tanh", 0.0, "cpp"))
 
 
 @needs_kernels

@@ -130,7 +130,7 @@ def test_says_what_is_not_built():
 @needs_kernels
 def test_opcheck():
     logits = torch.randn(6, 1, 2, 3, requires_grad=True)
-    torch.library.opcheck(gan_loss_forward, (logits, [1.0, 0.0]))
+    torch.library.opcheck(gan_loss_forward, (logits, [1.0, 0.0], "cpp"))
 
 
 @needs_kernels

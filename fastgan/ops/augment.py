@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan.ops import triton
+from fastgan.ops.backend import select_backend
+
 
 def augment_reference(
     images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype
@@ -17,6 +20,29 @@ def augment_reference(
     if flip is not None:
         batch = torch.where(flip[:, None, None, None], batch.flip(2), batch)
     return batch.to(dtype).div_(127.5).sub_(1.0).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fastgan::augment_forward", mutates_args=())
+def augment_forward(
+    images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The formula above. Arguments as in :func:`augment`."""
+    m, h, w, c = images.shape
+    out = triton.empty_images(images, m if index is None else len(index), c, h, w, dtype=dtype)
+    triton.kernels("augment").augment_forward(
+        images.contiguous(),
+        None if index is None else index.contiguous(),
+        None if flip is None else flip.contiguous(),
+        out,
+    )
+    return out
+
+
+@augment_forward.register_fake
+def _(images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
+    m, h, w, c = images.shape
+    n = m if index is None else index.shape[0]
+    return images.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=dtype)
 
 
 def augment(
@@ -37,9 +63,19 @@ def augment(
     Returns:
         ``[N, C, H, W]`` in ``torch.channels_last`` memory format.
 
+    Raises:
+        NotBuiltError: a backend was asked for by name that cannot take these tensors.
+
     Equivalent to::
 
         x = images[index].permute(0, 3, 1, 2)
         torch.where(flip[:, None, None, None], x.flip(3), x).to(dtype) / 127.5 - 1
     """
+    if (
+        images.dtype == torch.uint8
+        and dtype in triton.DTYPES
+        and images.ndim == 4
+        and select_backend("augment", images, index, flip) == "triton"
+    ):
+        return augment_forward(images, index, flip, dtype)
     return augment_reference(images, index, flip, dtype)

@@ -1,7 +1,8 @@
 """Which implementation runs an op.
 
-``reference`` is plain torch on any device; ``cpp`` the C++ kernels for the CPU. The names of the
-others are known, so that asking for one is answered with the reason and not with "unknown".
+``reference`` is plain torch on any device; ``cpp`` the C++ kernels for the CPU; ``triton`` the
+Triton kernels for GPUs, or on the CPU under Triton's interpreter. ``cuda`` is known, so that asking
+for it is answered with the reason and not with "unknown".
 """
 
 from __future__ import annotations
@@ -18,17 +19,14 @@ from torch import Tensor
 
 from fastgan.choices import Backend
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import cpp
+from fastgan.ops import cpp, triton
 
 logger = logging.getLogger("fastgan")
 
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 # In the order in which `auto` tries them.
-_PREFERRED = ("cpp", "reference")
-_NOT_BUILT = {
-    "triton": "the Triton kernels are not part of this version",
-    "cuda": "the CUDA C++ kernels are not part of this version",
-}
+_PREFERRED = ("cpp", "triton", "reference")
+_NOT_BUILT = {"cuda": "the CUDA C++ kernels are not part of this version"}
 
 _current: ContextVar[str] = ContextVar("fastgan_backend", default="auto")
 
@@ -43,6 +41,8 @@ def machine_reasons(backend: str) -> list[str]:
         raise InputError(f"backend: unknown {backend!r}; choose auto, {', '.join(BACKENDS)}")
     if backend == "cpp":
         return cpp.missing_reasons()
+    if backend == "triton":
+        return triton.missing_reasons()
     return [_NOT_BUILT[backend]] if backend in _NOT_BUILT else []
 
 
@@ -60,18 +60,35 @@ def unsupported_reasons(op: str, backend: str, *tensors: Tensor | None) -> list[
     reasons = machine_reasons(backend)
     if reasons or backend == "reference":
         return reasons
+    given = [tensor for tensor in tensors if tensor is not None]
+    if backend == "triton":
+        return triton.unsupported_reasons(op, *given) + _dtype_reasons(given, triton.DTYPES, op)
     if op not in cpp.OPS:
         return [f"{op} has no C++ kernel; torch's is used"]
-    given = [tensor for tensor in tensors if tensor is not None]
     devices = {tensor.device.type for tensor in given} - {"cpu"}
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in given} - {"float32"}
     if devices:
         reasons.append(f"a tensor is on {', '.join(sorted(devices))}, the kernels run on the CPU")
-    if dtypes:
-        reasons.append(f"a tensor is {', '.join(sorted(dtypes))}, the kernels are float32")
+    reasons += _dtype_reasons(given, (torch.float32,), op)
     if any(tensor.numel() == 0 for tensor in given):
         reasons.append("a tensor is empty")
     return reasons
+
+
+def _dtype_reasons(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...], op: str) -> list[str]:
+    if op == "augment":
+        # It takes bytes and numbers of images, and the dtype that it makes is asked of the caller.
+        return []
+    found = {tensor.dtype for tensor in tensors}
+    if wrong := found - set(dtypes):
+        takes = ", ".join(map(_name, dtypes))
+        return [f"a tensor is {', '.join(sorted(map(_name, wrong)))}, the kernels are {takes}"]
+    if op == "conv" and len(found) > 1:
+        return [f"the tensors are {' and '.join(sorted(map(_name, found)))}, and not of one dtype"]
+    return []
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def resolve_backend(requested: str = "auto") -> str:
@@ -116,7 +133,7 @@ def requested_backend() -> str:
 
 
 def select_backend(op: str, *tensors: Tensor | None) -> str:
-    """The backend that runs ``op`` on ``tensors``: ``reference`` or ``cpp``.
+    """The backend that runs ``op`` on ``tensors``: ``reference``, ``cpp`` or ``triton``.
 
     Raises:
         NotBuiltError: a backend was asked for by name that cannot; the message says why.
@@ -124,11 +141,16 @@ def select_backend(op: str, *tensors: Tensor | None) -> str:
     requested = requested_backend()
     if requested == "reference":
         return requested
-    if torch.is_autocast_enabled("cpu"):
+    device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
+    if torch.is_autocast_enabled(device):
         # Autocast is torch's own choice of dtypes for torch's own ops.
         return "reference"
     if requested == "auto":
-        return next(name for name in _PREFERRED if not unsupported_reasons(op, name, *tensors))
+        # The interpreter is for whoever asks for it.
+        names = [name for name in _PREFERRED if name != "triton" or device == "cuda"]
+        return next(name for name in names if not unsupported_reasons(op, name, *tensors))
+    if requested == "cpp" and op not in cpp.OPS:
+        return "reference"
     reasons = unsupported_reasons(op, requested, *tensors)
     if reasons:
         raise NotBuiltError(f"backend={requested!r}: {op}: {'; '.join(reasons)}; use 'auto'")
@@ -145,7 +167,8 @@ def say_left_to_reference(what: str) -> None:
 
 def say_missing_kernels(device: torch.device) -> None:
     """Log, once, why ``auto`` on ``device`` has no kernels of our own to choose from."""
-    if device.type == "cpu" and (reasons := machine_reasons("cpp")):
+    name = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+    if name and (reasons := machine_reasons(name)):
         _say_once(f"plain PyTorch runs the step: {'; '.join(reasons)}")
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import InputError
-from fastgan.ops import cpp
+from fastgan.ops import cpp, triton
 from fastgan.ops.activation import ACTIVATIONS
 from fastgan.ops.backend import select_backend
 
@@ -59,21 +59,74 @@ def bn_act_forward(
     groups: int,
     activation: str,
     negative_slope: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The formula above, without the update of the running statistics.
 
     Args:
         stats: ``[tiles, 3, C]`` as of :func:`fastgan.ops.conv.conv_forward`, where the kernel that
             made ``x`` has summed it already.
+        backend: ``cpp`` or ``triton``.
 
     Returns:
-        ``y``, and ``mean``, ``invstd``, biased ``var``, each ``[groups, C]``, or ``[1, C]`` and
-        the running ones in evaluation.
+        ``y``, and ``mean``, ``invstd``, biased ``var``, each float32 ``[groups, C]``, or ``[1, C]``
+        and the running ones in evaluation.
     """
     x, weight, bias = cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
+    groups = groups if training else 1
+    forward = _triton_forward if backend == "triton" else _cpp_forward
+    return forward(
+        x, weight, bias, running_mean, running_var, stats, training, eps, groups, activation,
+        negative_slope,
+    )  # fmt: skip
+
+
+def _triton_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: Tensor | None,
+    training: bool,
+    eps: float,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    k = triton.kernels("bn_act")
+    mean, invstd, var = (triton.empty(x, groups, c) for _ in range(3))
+    if training:
+        if stats is None or len(stats) == 0:
+            stats = triton.empty(x, groups * k.stats_tiles(groups, n // groups * h * w, c), 3, c)
+            k.bn_stats(x, stats, groups)
+        k.bn_merge(stats, eps, mean, var, invstd, groups)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean[0], var[0] = running_mean, running_var
+        torch.rsqrt(var + eps, out=invstd)
+    y = triton.empty_images(x, n, c, h, w)
+    k.bn_act_forward(x, mean, invstd, weight, bias, activation, negative_slope, y)
+    return y, mean, invstd, var
+
+
+def _cpp_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: Tensor | None,
+    training: bool,
+    eps: float,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
     k, threads = cpp.kernels(), torch.get_num_threads()
-    groups = groups if training else 1
     shape = k.BatchNormShape(groups, n // groups * h * w, c)
     mean, var = cpp.empty(groups, c), cpp.empty(groups, c)
     if training:
@@ -117,9 +170,12 @@ def _(
     groups: int,
     activation: str,
     negative_slope: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
-    mean, invstd, var = (x.new_empty(groups if training else 1, c) for _ in range(3))
+    mean, invstd, var = (
+        x.new_empty(groups if training else 1, c, dtype=torch.float32) for _ in range(3)
+    )
     return cpp.fake_images(x, n, c, h, w), mean, invstd, var
 
 
@@ -134,10 +190,18 @@ def bn_act_backward(
     training: bool,
     activation: str,
     negative_slope: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx``, ``dweight``, ``dbias`` from what :func:`bn_act_forward` took and returned."""
     dy, x, weight, bias = cpp.dense(dy), cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
     n, c, h, w = x.shape
+    if backend == "triton":
+        dx, dweight, dbias = triton.empty_images(x, n, c, h, w), *_empty_gradients(x, weight, bias)
+        triton.kernels("bn_act").bn_act_backward(
+            dy, x, mean, invstd, weight, bias, training, activation, negative_slope,
+            dx, dweight, dbias,
+        )  # fmt: skip
+        return dx, dweight, dbias
     groups = len(mean)
     dx, dweight, dbias = cpp.empty_images(n, c, h, w), cpp.empty(c), cpp.empty(c)
     k = cpp.kernels()
@@ -171,16 +235,25 @@ def _(
     training: bool,
     activation: str,
     negative_slope: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, c, h, w = x.shape
-    return cpp.fake_images(x, n, c, h, w), x.new_empty(c), x.new_empty(c)
+    return cpp.fake_images(x, *x.shape), *_empty_gradients(x, weight, bias)
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the dtypes of ``weight`` and ``bias``, float32 where there are none."""
+    dtypes = (torch.float32 if p is None else p.dtype for p in (weight, bias))
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes)
+    return dweight, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, _, training, _, _, activation, negative_slope = inputs
+    x, weight, bias, _, _, _, training, _, _, activation, negative_slope, backend = inputs
     _, mean, invstd, _ = output
     ctx.save_for_backward(x, mean, invstd, weight, bias)
-    ctx.arguments = training, activation, negative_slope
+    ctx.arguments = training, activation, negative_slope, backend
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -190,11 +263,45 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, .
         dx,
         dweight if weight is not None else None,
         dbias if bias is not None else None,
-        *([None] * 8),
+        *([None] * 9),
     )
 
 
 bn_act_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fastgan::bn_update_running", mutates_args=("running_mean", "running_var"))
+def bn_update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    rows: int,
+    momentum: float,
+    backend: str,
+) -> None:
+    """Move the running statistics by those of each group, in order, of ``rows`` values each."""
+    if backend == "triton" and running_mean.is_contiguous() and running_var.is_contiguous():
+        triton.kernels("bn_act").bn_update_running(
+            mean, var, rows, momentum, running_mean, running_var
+        )
+        return
+    for group_mean, group_var in zip(mean, var, strict=True):
+        running_mean.mul_(1.0 - momentum).add_(group_mean, alpha=momentum)
+        running_var.mul_(1.0 - momentum).add_(group_var, alpha=momentum * rows / (rows - 1))
+
+
+@bn_update_running.register_fake
+def _(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    rows: int,
+    momentum: float,
+    backend: str,
+) -> None:
+    return None
 
 
 def bn_act(
@@ -226,12 +333,12 @@ def bn_act(
         groups: how many equal parts ``x`` has along its first dimension.
         activation: ``none``, ``relu``, ``leaky_relu`` or ``tanh``.
         negative_slope: of ``leaky_relu``.
-        stats: what :func:`fastgan.ops.conv.conv_forward` has summed of ``x``; only the C++ kernels
-            use it.
+        stats: what :func:`fastgan.ops.conv.conv_forward` has summed of ``x``; the reference does
+            without.
 
     Returns:
         ``y``, shaped as ``x``; laid out as ``x`` too by the reference, in ``torch.channels_last``
-        by the C++ kernels.
+        by kernels of our own.
 
     Raises:
         InputError: ``groups`` does not divide the batch, or ``activation`` is unknown.
@@ -249,14 +356,15 @@ def bn_act(
     # torch refuses what does not fit and statistics of a single value, and takes other ranks and
     # negative slopes.
     per_channel = (weight, bias, running_mean, running_var)
-    native = (
+    backend = "reference"
+    if (
         x.ndim == 4
         and all(p is None or p.shape == x.shape[1:2] for p in per_channel)
         and (not training or x.numel() > groups * x.shape[1])
         and negative_slope >= 0.0
-        and select_backend("bn_act", x, *per_channel) != "reference"
-    )
-    if not native:
+    ):
+        backend = select_backend("bn_act", x, *per_channel)
+    if backend == "reference":
         return bn_act_reference(
             x,
             weight,
@@ -282,11 +390,9 @@ def bn_act(
         groups,
         activation,
         negative_slope,
+        backend,
     )
     if training and running_mean is not None and running_var is not None:
         rows = x.numel() // (groups * x.shape[1])
-        with torch.no_grad():
-            for g in range(groups):
-                running_mean.mul_(1.0 - momentum).add_(mean[g], alpha=momentum)
-                running_var.mul_(1.0 - momentum).add_(var[g], alpha=momentum * rows / (rows - 1))
+        bn_update_running(running_mean, running_var, mean, var, rows, momentum, backend)
     return y

@@ -14,7 +14,8 @@ a transposed one dgrad, and the gradients of either are two of the three.
 The C++ kernels have the shapes that GANs are made of: 4x4 with stride 2 and padding 1, by
 Winograd's minimal filtering F(m, 2) (Winograd 1980; Lavin & Gray 2016,
 https://arxiv.org/abs/1509.09308) or, where the high side has 1 to 4 channels, directly; and a low
-side of 1x1, where it is a matrix product. Other shapes are torch's.
+side of 1x1, where it is a matrix product. Other shapes are torch's. The Triton kernels are implicit
+matrix products of any shape.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import InputError
-from fastgan.ops import cpp, tuning
+from fastgan.ops import cpp, triton, tuning
 from fastgan.ops.activation import ACTIVATIONS
 from fastgan.ops.backend import requested_backend, say_left_to_reference, select_backend
 
@@ -70,29 +72,6 @@ class _Problem:
     padding: int
     groups: int
 
-    def ways(self) -> tuple[str, ...]:
-        """The kernels of our own that can compute it."""
-        kernel, step = (self.kh, self.kw), (self.stride, self.padding)
-        doubles = (self.high_h, self.high_w) == (2 * self.h, 2 * self.w)
-        if kernel == (4, 4) and step == (2, 1) and doubles:
-            if self.ch <= _MOST_THIN_CHANNELS:
-                return ("thin",)
-            # Tiles that the image fills badly are not worth a measurement.
-            tiles = (4, 2) if self.h % 3 or self.w % 3 else (4, 3, 2)
-            return tuple(f"winograd{m}" for m in tiles)
-        if (self.h, self.w, self.padding) == (1, 1, 0) and kernel == (self.high_h, self.high_w):
-            return ("matmul",)
-        return ()
-
-    def key(self, direction: str) -> str:
-        sizes = (
-            f"n{self.n} low {self.cl}x{self.h}x{self.w} high {self.ch}x{self.high_h}x{self.high_w}"
-        )
-        return f"{direction} {sizes} groups {self.groups} threads {torch.get_num_threads()}"
-
-    def shape(self) -> object:
-        return cpp.kernels().ConvShape(self.n, self.h, self.w, self.cl, self.ch)
-
     def low(self) -> tuple[int, int, int, int]:
         return self.n, self.cl, self.h, self.w
 
@@ -102,16 +81,6 @@ class _Problem:
     def output(self, transposed: bool) -> tuple[int, int, int, int]:
         """The sizes of what comes out of the convolution, transposed or not."""
         return self.high() if transposed else self.low()
-
-    def stats_tiles(self, transposed: bool) -> int:
-        """How many tiles of statistics a convolution's output has; see :func:`conv_forward`."""
-        if not self.groups:
-            return 0
-        if not self.ways()[0].startswith("winograd"):
-            return 0
-        k = cpp.kernels()
-        tiles = k.conv_dgrad_stats_tiles if transposed else k.conv_fprop_stats_tiles
-        return self.groups * int(tiles(self.shape(), self.groups))
 
 
 def _problem(
@@ -157,86 +126,53 @@ class _Epilogue:
     negative_slope: float = 0.0
     stats: Tensor | None = None
 
-    def native(self, groups: int) -> object:
-        return cpp.kernels().ConvEpilogue(
-            bias=cpp.address(self.bias),
-            activation=cpp.ACTIVATION_CODES[self.activation],
-            negative_slope=self.negative_slope,
-            stats=cpp.address(self.stats),
-            groups=max(groups, 1),
+
+class _Kernels:
+    """What can compute one problem: kernels of our own, each a way, and the way ``torch``."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+
+    def ways(self, direction: str) -> tuple[str, ...]:
+        """Our own, the likeliest first."""
+        raise NotImplementedError
+
+    def choose(
+        self, direction: str, backend: str, device: torch.device, run: Callable[[str], object]
+    ) -> str:
+        """The fastest way of our own, and of torch's too where ``backend`` is auto."""
+        p, own = self.problem, self.ways(direction)
+        sizes = f"n{p.n} low {p.cl}x{p.h}x{p.w} high {p.ch}x{p.high_h}x{p.high_w}"
+        ways = (*own, "torch")
+        return tuning.fastest(
+            f"{direction} {sizes} groups {p.groups} {self._key()}",
+            {way: functools.partial(run, way) for way in ways},
+            ways if backend == "auto" else own,
+            device,
         )
 
-    def finish(self, problem: _Problem, y: Tensor, transposed: bool) -> None:
-        """What a way without an epilogue of its own does afterwards, in place on ``y``."""
-        if self.bias is not None:
-            y += self.bias.view(1, -1, 1, 1)
-        if self.activation != "none":
-            y.copy_(ACTIVATIONS[self.activation](y, self.negative_slope))
-        if self.stats is not None:
-            k = cpp.kernels()
-            images = k.conv_images_per_stats_tile(problem.shape(), problem.groups)
-            n, c, h, w = y.shape
-            k.bn_stats(
-                k.BatchNormShape(problem.groups, n // problem.groups * h * w, c),
-                images * h * w,
-                4 if transposed else 1,
-                cpp.address(y),
-                cpp.address(self.stats),
-                torch.get_num_threads(),
-            )
+    def forward(
+        self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
+    ) -> None:
+        """fprop, or dgrad where ``transposed``, and what follows it."""
+        if way != "torch":
+            if self._forward(way, transposed, x, weight, out, end):
+                return
+        else:
+            step = self.problem.stride, self.problem.padding
+            out.copy_(conv_reference(x, weight, None, *step, transposed, "none", 0.0))
+        if end.bias is not None:
+            out += end.bias.view(1, -1, 1, 1)
+        if end.activation != "none":
+            out.copy_(ACTIVATIONS[end.activation](out, end.negative_slope))
+        if end.stats is not None:
+            self._sum_stats(out, end.stats, transposed)
 
-
-def _flat(x: Tensor) -> Tensor:
-    """``[N, H·W·C]`` of a dense ``[N, C, H, W]``, or of a weight."""
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1)
-
-
-def _run_forward(
-    way: str,
-    problem: _Problem,
-    transposed: bool,
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    epilogue: _Epilogue,
-) -> None:
-    """fprop, or dgrad where ``transposed``."""
-    if way in _TILES:
-        k = cpp.kernels()
-        kernel = k.conv_dgrad if transposed else k.conv_fprop
-        kernel(
-            _TILES[way],
-            problem.shape(),
-            x.data_ptr(),
-            k.ConvWeight(weight.data_ptr(), *weight.stride()),
-            out.data_ptr(),
-            epilogue.native(problem.groups),
-            torch.get_num_threads(),
-        )
-        return
-    if way == "matmul":
-        matrix = _flat(weight)
-        torch.mm(_flat(x), matrix if transposed else matrix.t(), out=_flat(out))
-    else:
-        step = problem.stride, problem.padding
-        out.copy_(conv_reference(x, weight, None, *step, transposed, "none", 0.0))
-    epilogue.finish(problem, out, transposed)
-
-
-def _run_wgrad(way: str, problem: _Problem, low: Tensor, high: Tensor, out: Tensor) -> None:
-    if way in _TILES:
-        cpp.kernels().conv_wgrad(
-            _TILES[way],
-            problem.shape(),
-            low.data_ptr(),
-            high.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-    elif way == "matmul":
-        torch.mm(_flat(low).t(), _flat(high), out=_flat(out))
-    else:
-        stride, padding = [problem.stride] * 2, [problem.padding] * 2
+    def wgrad(self, way: str, low: Tensor, high: Tensor, out: Tensor) -> None:
+        if way != "torch":
+            self._wgrad(way, low, high, out)
+            return
+        stride, padding = [self.problem.stride] * 2, [self.problem.padding] * 2
         out.copy_(
             torch.ops.aten.convolution_backward(
                 low,
@@ -253,16 +189,210 @@ def _run_wgrad(way: str, problem: _Problem, low: Tensor, high: Tensor, out: Tens
             )[1]
         )
 
+    def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
+        raise NotImplementedError
 
-def _choose(direction: str, problem: _Problem, backend: str, run: Callable[[str], object]) -> str:
-    """The way to take: the fastest of our own, and of torch's too where ``backend`` is auto."""
-    own = problem.ways()
-    ways = (*own, "torch")
-    return tuning.fastest(
-        problem.key(direction),
-        {way: functools.partial(run, way) for way in ways},
-        ways if backend == "auto" else own,
-    )
+    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
+        raise NotImplementedError
+
+    def stats_tiles(self, transposed: bool) -> int:
+        """How many tiles of statistics a convolution's output has; see :func:`conv_forward`."""
+        raise NotImplementedError
+
+    def act_backward(
+        self, dy: Tensor, y: Tensor, activation: str, negative_slope: float, out: Tensor
+    ) -> None:
+        raise NotImplementedError
+
+    def _key(self) -> str:
+        """What a measurement depends on besides the sizes."""
+        raise NotImplementedError
+
+    def _forward(
+        self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
+    ) -> bool:
+        """By a way of our own; whether what follows it is done too."""
+        raise NotImplementedError
+
+    def _wgrad(self, way: str, low: Tensor, high: Tensor, out: Tensor) -> None:
+        raise NotImplementedError
+
+    def _sum_stats(self, y: Tensor, stats: Tensor, transposed: bool) -> None:
+        """The statistics of ``y`` where the way has summed none."""
+        raise NotImplementedError
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``[N, H·W·C]`` of a dense ``[N, C, H, W]``, or of a weight."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1)
+
+
+class _Cpp(_Kernels):
+    """The C++ kernels; a way is a tile of Winograd's, the direct one, or a matrix product."""
+
+    def ways(self, direction: str) -> tuple[str, ...]:
+        p = self.problem
+        kernel, step = (p.kh, p.kw), (p.stride, p.padding)
+        doubles = (p.high_h, p.high_w) == (2 * p.h, 2 * p.w)
+        if kernel == (4, 4) and step == (2, 1) and doubles:
+            if p.ch <= _MOST_THIN_CHANNELS:
+                return ("thin",)
+            # Tiles that the image fills badly are not worth a measurement.
+            tiles = (4, 2) if p.h % 3 or p.w % 3 else (4, 3, 2)
+            return tuple(f"winograd{m}" for m in tiles)
+        if (p.h, p.w, p.padding) == (1, 1, 0) and kernel == (p.high_h, p.high_w):
+            return ("matmul",)
+        return ()
+
+    def _key(self) -> str:
+        return f"threads {torch.get_num_threads()}"
+
+    def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
+        return cpp.empty_images(*sizes)
+
+    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
+        return cpp.empty(*sizes)
+
+    def stats_tiles(self, transposed: bool) -> int:
+        p = self.problem
+        if not p.groups or not self.ways("")[0].startswith("winograd"):
+            return 0
+        k = cpp.kernels()
+        tiles = k.conv_dgrad_stats_tiles if transposed else k.conv_fprop_stats_tiles
+        return p.groups * int(tiles(self._shape(), p.groups))
+
+    def _forward(
+        self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
+    ) -> bool:
+        if way == "matmul":
+            matrix = _flat(weight)
+            torch.mm(_flat(x), matrix if transposed else matrix.t(), out=_flat(out))
+            return False
+        k = cpp.kernels()
+        kernel = k.conv_dgrad if transposed else k.conv_fprop
+        kernel(
+            _TILES[way],
+            self._shape(),
+            x.data_ptr(),
+            k.ConvWeight(weight.data_ptr(), *weight.stride()),
+            out.data_ptr(),
+            k.ConvEpilogue(
+                bias=cpp.address(end.bias),
+                activation=cpp.ACTIVATION_CODES[end.activation],
+                negative_slope=end.negative_slope,
+                stats=cpp.address(end.stats),
+                groups=max(self.problem.groups, 1),
+            ),
+            torch.get_num_threads(),
+        )
+        return True
+
+    def _wgrad(self, way: str, low: Tensor, high: Tensor, out: Tensor) -> None:
+        if way == "matmul":
+            torch.mm(_flat(low).t(), _flat(high), out=_flat(out))
+            return
+        cpp.kernels().conv_wgrad(
+            _TILES[way],
+            self._shape(),
+            low.data_ptr(),
+            high.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def _sum_stats(self, y: Tensor, stats: Tensor, transposed: bool) -> None:
+        k, groups = cpp.kernels(), self.problem.groups
+        images = k.conv_images_per_stats_tile(self._shape(), groups)
+        n, c, h, w = y.shape
+        k.bn_stats(
+            k.BatchNormShape(groups, n // groups * h * w, c),
+            images * h * w,
+            4 if transposed else 1,
+            cpp.address(y),
+            cpp.address(stats),
+            torch.get_num_threads(),
+        )
+
+    def act_backward(
+        self, dy: Tensor, y: Tensor, activation: str, negative_slope: float, out: Tensor
+    ) -> None:
+        cpp.kernels().act_backward(
+            y.numel(),
+            dy.data_ptr(),
+            y.data_ptr(),
+            cpp.ACTIVATION_CODES[activation],
+            negative_slope,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def _shape(self) -> Any:
+        p = self.problem
+        return cpp.kernels().ConvShape(p.n, p.h, p.w, p.cl, p.ch)
+
+
+class _Triton(_Kernels):
+    """The Triton kernels; a way is a tile of the matrix product."""
+
+    def __init__(self, problem: _Problem, dtype: torch.dtype) -> None:
+        super().__init__(problem)
+        self._dtype = dtype
+        self._native = triton.kernels("conv")
+        kernel, step = (problem.kh, problem.kw), (problem.stride, problem.padding)
+        self._product = self._native.Problem.of(
+            problem.low(), problem.high(), kernel, *step, problem.groups, dtype
+        )
+
+    def ways(self, direction: str) -> tuple[str, ...]:
+        return tuple(self._tiles(direction))
+
+    def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
+        return triton.empty_images(like, *sizes)
+
+    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
+        return triton.empty(like, *sizes)
+
+    def stats_tiles(self, transposed: bool) -> int:
+        if not self.problem.groups:
+            return 0
+        return int(self._product.stats_tiles("dgrad" if transposed else "fprop"))
+
+    def act_backward(
+        self, dy: Tensor, y: Tensor, activation: str, negative_slope: float, out: Tensor
+    ) -> None:
+        self._native.act_backward(dy, y, activation, negative_slope, out)
+
+    def _key(self) -> str:
+        return f"{self._dtype} {self._native.precision(self._dtype)}"
+
+    def _forward(
+        self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
+    ) -> bool:
+        kernel = self._native.conv_dgrad if transposed else self._native.conv_fprop
+        tile = self._tiles("dgrad" if transposed else "fprop")[way]
+        after = end.bias, end.activation, end.negative_slope
+        kernel(self._product, tile, x, weight, *after, out, end.stats)
+        return True
+
+    def _wgrad(self, way: str, low: Tensor, high: Tensor, out: Tensor) -> None:
+        self._native.conv_wgrad(self._product, self._tiles("wgrad")[way], low, high, out)
+
+    def _sum_stats(self, y: Tensor, stats: Tensor, transposed: bool) -> None:
+        triton.kernels("bn_act").bn_stats(y, stats, self.problem.groups)
+
+    def _tiles(self, direction: str) -> dict[str, Any]:
+        tiles = self._product.tiles(direction)
+        # An interpreter's times say nothing of a GPU's.
+        return {str(tile): tile for tile in (tiles[:1] if triton.interpreted() else tiles)}
+
+
+def _kernels(backend: str, problem: _Problem, x: Tensor) -> _Kernels:
+    return _Triton(problem, x.dtype) if _for_triton(backend, x) else _Cpp(problem)
+
+
+def _for_triton(backend: str, x: Tensor) -> bool:
+    """Whether ``backend`` stands for the Triton kernels: ``auto`` goes by where ``x`` is."""
+    return backend == "triton" or (backend == "auto" and x.is_cuda)
 
 
 @torch.library.custom_op("fastgan::conv_forward", mutates_args=())
@@ -286,15 +416,16 @@ def conv_forward(
         ``[0, 3, C]`` where ``groups`` is 0 or the kernel has no statistics.
     """
     problem = _forward_problem(x, weight, stride, padding, transposed, groups)
+    kernels = _kernels(backend, problem, x)
     x, weight, bias = cpp.dense(x), cpp.dense(weight), cpp.contiguous(bias)
-    y = cpp.empty_images(*problem.output(transposed))
-    stats = cpp.empty(problem.stats_tiles(transposed), 3, y.shape[1])
-    epilogue = _Epilogue(bias, activation, negative_slope, stats if len(stats) else None)
+    y = kernels.empty_images(x, *problem.output(transposed))
+    stats = kernels.empty_stats(x, kernels.stats_tiles(transposed), 3, y.shape[1])
+    end = _Epilogue(bias, activation, negative_slope, stats if len(stats) else None)
 
     def run(way: str) -> None:
-        _run_forward(way, problem, transposed, x, weight, y, epilogue)
+        kernels.forward(way, transposed, x, weight, y, end)
 
-    run(_choose("dgrad" if transposed else "fprop", problem, backend, run))
+    run(kernels.choose("dgrad" if transposed else "fprop", backend, x.device, run))
     return y, stats
 
 
@@ -313,7 +444,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     problem = _forward_problem(x, weight, stride, padding, transposed, groups)
     sizes = problem.output(transposed)
-    stats = x.new_empty(problem.stats_tiles(transposed), 3, sizes[1])
+    tiles = _kernels(backend, problem, x).stats_tiles(transposed)
+    stats = x.new_empty(tiles, 3, sizes[1], dtype=torch.float32)
     return cpp.fake_images(x, *sizes), stats
 
 
@@ -329,13 +461,14 @@ def conv_wgrad(
     """wgrad: ``[Cl, Ch, kh, kw]``, in ``torch.channels_last``, from both sides."""
     sizes = (low.shape[1], high.shape[1], *kernel)
     problem = _problem(low.shape, high.shape, sizes, stride, padding)
+    kernels = _kernels(backend, problem, low)
     low, high = cpp.dense(low), cpp.dense(high)
-    out = cpp.empty_images(*sizes)
+    out = kernels.empty_images(low, *sizes)
 
     def run(way: str) -> None:
-        _run_wgrad(way, problem, low, high, out)
+        kernels.wgrad(way, low, high, out)
 
-    run(_choose("wgrad", problem, backend, run))
+    run(kernels.choose("wgrad", backend, low.device, run))
     return out
 
 
@@ -352,24 +485,19 @@ def _(
 
 
 @torch.library.custom_op("fastgan::act_backward", mutates_args=())
-def act_backward(dy: Tensor, y: Tensor, activation: str, negative_slope: float) -> Tensor:
+def act_backward(
+    dy: Tensor, y: Tensor, activation: str, negative_slope: float, backend: str
+) -> Tensor:
     """``dy · act'(x)`` from ``y = act(x)``, both ``[N, C, H, W]``; in ``torch.channels_last``."""
     dy, y = cpp.dense(dy), cpp.dense(y)
-    out = cpp.empty_images(*y.shape)
-    cpp.kernels().act_backward(
-        y.numel(),
-        dy.data_ptr(),
-        y.data_ptr(),
-        cpp.ACTIVATION_CODES[activation],
-        negative_slope,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    kernels = _kernels(backend, _problem(y.shape, y.shape, y.shape, 1, 0), y)
+    out = kernels.empty_images(y, *y.shape)
+    kernels.act_backward(dy, y, activation, negative_slope, out)
     return out
 
 
 @act_backward.register_fake
-def _(dy: Tensor, y: Tensor, activation: str, negative_slope: float) -> Tensor:
+def _(dy: Tensor, y: Tensor, activation: str, negative_slope: float, backend: str) -> Tensor:
     return cpp.fake_images(y, *y.shape)
 
 
@@ -385,7 +513,7 @@ def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
     x, weight, y = ctx.saved_tensors
     stride, padding, transposed, activation, slope, backend = ctx.arguments
     if activation != "none":
-        dy = act_backward(dy, y, activation, slope)
+        dy = act_backward(dy, y, activation, slope, backend)
     dx = dweight = dbias = None
     if ctx.needs_input_grad[0]:
         dx, _ = conv_forward(
@@ -411,7 +539,7 @@ def kernel_backend(
     transposed: bool,
     negative_slope: float,
 ) -> str:
-    """``reference``, or from what :func:`conv_forward` is to choose: ``cpp`` or ``auto``.
+    """``reference``, or from what :func:`conv_forward` is to choose: a backend's own or ``auto``.
 
     Raises:
         NotBuiltError: a backend was asked for by name that cannot; the message says why.
@@ -426,7 +554,7 @@ def kernel_backend(
         and stride >= 1
         and padding >= 0
         and negative_slope >= 0.0
-        and _forward_problem(x, weight, stride, padding, transposed, 0).ways()
+        and _has_way(x, weight, stride, padding, transposed)
     ):
         return requested_backend()
     if requested_backend() != "auto":
@@ -435,6 +563,14 @@ def kernel_backend(
             f"{list(x.shape)}"
         )
     return "reference"
+
+
+def _has_way(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> bool:
+    problem = _forward_problem(x, weight, stride, padding, transposed, 0)
+    if _for_triton(requested_backend(), x):
+        # Any that is not empty.
+        return min(problem.low() + problem.high()) > 0
+    return bool(_Cpp(problem).ways("dgrad" if transposed else "fprop"))
 
 
 def conv(
@@ -461,7 +597,7 @@ def conv(
         negative_slope: of ``leaky_relu``.
 
     Returns:
-        ``[N, C_out, H', W']``; in ``torch.channels_last`` from the C++ kernels.
+        ``[N, C_out, H', W']``; in ``torch.channels_last`` from kernels of our own.
 
     Raises:
         InputError: ``activation`` is unknown.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import cpp
+from fastgan.ops import cpp, triton
 from fastgan.ops.backend import select_backend
 
 
@@ -34,10 +34,17 @@ def gan_loss_reference(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor
 
 
 @torch.library.custom_op("fastgan::gan_loss_forward", mutates_args=())
-def gan_loss_forward(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+def gan_loss_forward(
+    logits: Tensor, targets: list[float], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """``loss [groups]``, ``d [groups]``, and ``d loss_g / d logit``, shaped as ``logits``."""
     logits = logits.contiguous()
     groups = len(targets)
+    if backend == "triton":
+        loss, d = logits.new_empty(groups), logits.new_empty(groups)
+        dlogits = torch.empty_like(logits)
+        triton.kernels("gan_loss").bce_forward(logits, targets, loss, d, dlogits)
+        return loss, d, dlogits
     loss, d, dlogits = cpp.empty(groups), cpp.empty(groups), cpp.empty(*logits.shape)
     target = torch.tensor(targets, dtype=torch.float32)
     cpp.kernels().bce_forward(
@@ -53,7 +60,7 @@ def gan_loss_forward(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tens
 
 
 @gan_loss_forward.register_fake
-def _(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, targets: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     groups = len(targets)
     return logits.new_empty(groups), logits.new_empty(groups), logits.new_empty(logits.shape)
 
@@ -73,9 +80,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
     (dlogits,) = ctx.saved_tensors
-    return gan_loss_backward(dloss, dlogits), None
+    return gan_loss_backward(dloss, dlogits), None, None
 
 
 gan_loss_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -115,9 +122,10 @@ def gan_loss(
     for target in targets:
         if not 0.0 <= target <= 1.0:
             raise InputError(f"targets: {target} is not in [0, 1]")
-    if select_backend("gan_loss", logits) == "reference":
+    backend = select_backend("gan_loss", logits)
+    if backend == "reference":
         return gan_loss_reference(logits, targets)
-    loss, d, _ = gan_loss_forward(logits, list(targets))
+    loss, d, _ = gan_loss_forward(logits, list(targets), backend)
     return loss, d.detach()
 
 

@@ -1,9 +1,9 @@
 """Measured choices between the ways to compute one thing.
 
 The first time a shape is met, every way is timed on it; the times are kept for this process, and on
-disk for the machine, so that the next run takes the same ways and computes the same numbers. An
-engine keeps those that it met for itself (:func:`use_choices`): its checkpoints carry them, and a
-resume takes the same ways whatever the machine measures then.
+disk for the machine or its GPU, so that the next run takes the same ways and computes the same
+numbers. An engine keeps those that it met for itself (:func:`use_choices`): its checkpoints carry
+them, and a resume takes the same ways whatever the machine measures then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from fastgan._version import __version__
 from fastgan.files import replace_file
 from fastgan.machine import cache_folder, cpu_name
-from fastgan.ops import cpp
+from fastgan.ops import cpp, triton
 
 logger = logging.getLogger("fastgan")
 
@@ -31,30 +31,42 @@ _ROUNDS = 3
 # A turn of a way is as many calls as take this long, and at least one.
 _TURN_SECONDS = 1e-3
 
+_GPU_TURN_MS = 20
+_CPU = torch.device("cpu")
+
 # Milliseconds of each way, by problem.
 Times = dict[str, dict[str, float]]
 
 _choices: ContextVar[Times | None] = ContextVar("fastgan_choices", default=None)
 
 _lock = threading.RLock()
-_times: Times = {}
-_loaded: set[Path] = set()
+# What each file holds that has been read.
+_times: dict[Path, Times] = {}
 
 
-def fastest(problem: str, ways: dict[str, Callable[[], object]], among: Sequence[str]) -> str:
+def fastest(
+    problem: str,
+    ways: dict[str, Callable[[], object]],
+    among: Sequence[str],
+    device: torch.device = _CPU,
+) -> str:
     """Which of ``among`` was fastest at ``problem``; measures ``ways`` where that is not known.
 
     Args:
         problem: names the computation, its shapes and the number of threads.
         ways: each computes it, without other effects, by the name of the way.
         among: those to choose from, some of ``ways``.
+        device: where they compute. While a CUDA graph is being captured there, nothing is measured:
+            a problem that is not known takes the first of ``among``.
     """
     if len(among) == 1:
         return among[0]
     own = _choices.get()
     times = own.get(problem, {}) if own is not None else {}
     if not all(name in times for name in among):
-        times = _lookup(problem, ways, among)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return among[0]
+        times = _lookup(problem, ways, among, device)
         if own is not None:
             own[problem] = times
     return min(among, key=times.__getitem__)
@@ -70,46 +82,62 @@ def use_choices(choices: Times) -> Iterator[None]:
         _choices.reset(token)
 
 
-def tuning_file() -> Path:
-    """Where this machine's times are kept: a JSON file by CPU, instruction set and versions."""
-    isa = cpp.kernels().isa() if not cpp.missing_reasons() else "none"
-    machine = f"{cpu_name()} {isa} torch {torch.__version__} fastgan {__version__}"
+def tuning_file(device: torch.device = _CPU) -> Path:
+    """Where times are kept: a JSON file by CPU and instruction set, or by GPU, and by versions."""
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)} triton {triton.version()}"
+    else:
+        machine = f"{cpu_name()} {cpp.kernels().isa() if not cpp.missing_reasons() else 'none'}"
+    machine += f" torch {torch.__version__} fastgan {__version__}"
     return cache_folder() / f"tuning-{hashlib.sha256(machine.encode()).hexdigest()[:12]}.json"
 
 
 def _lookup(
-    problem: str, ways: dict[str, Callable[[], object]], among: Sequence[str]
+    problem: str,
+    ways: dict[str, Callable[[], object]],
+    among: Sequence[str],
+    device: torch.device,
 ) -> dict[str, float]:
     with _lock:
-        path = tuning_file()
-        if path not in _loaded:
-            _loaded.add(path)
-            for known, times in _read(path).items():
-                _times.setdefault(known, times)
-        times = _times.get(problem, {})
+        path = tuning_file(device)
+        if path not in _times:
+            _times[path] = _read(path)
+        known = _times[path]
+        times = known.get(problem, {})
         if not all(name in times for name in among):
-            times = _measure(ways)
-            _times[problem] = times
+            times = known[problem] = _measure(ways, device)
             _write(path, problem, times)
         return times
 
 
-def _measure(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _measure(ways: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    turn = _gpu_turn if device.type == "cuda" else _cpu_turn
     best = dict.fromkeys(ways, float("inf"))
     names = list(ways)
     # The first round warms up. In the others each way begins once, so that a disturbance, and the
     # cache as another way left it, meet all alike.
     for round_ in range(_ROUNDS + 1):
         for name in names:
-            way, calls, started = ways[name], 0, time.perf_counter()
-            while not calls or time.perf_counter() - started < _TURN_SECONDS:
-                way()
-                calls += 1
+            elapsed = turn(ways[name])
             if round_:
-                elapsed = 1e3 * (time.perf_counter() - started) / calls
                 best[name] = min(best[name], elapsed)
         names.append(names.pop(0))
     return {name: round(ms, 5) for name, ms in best.items()}
+
+
+def _cpu_turn(way: Callable[[], object]) -> float:
+    calls, started = 0, time.perf_counter()
+    while not calls or time.perf_counter() - started < _TURN_SECONDS:
+        way()
+        calls += 1
+    return 1e3 * (time.perf_counter() - started) / calls
+
+
+def _gpu_turn(way: Callable[[], object]) -> float:
+    """By replays of a captured graph: a launch from Python takes longer than a small kernel."""
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(way, rep=_GPU_TURN_MS, return_mode="median"))
 
 
 def _read(path: Path) -> Times:

@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgan.ops import cpp
+from fastgan.ops import cpp, triton
 
 needs_kernels = pytest.mark.skipif(
     bool(cpp.missing_reasons()), reason="; ".join(cpp.missing_reasons())
 )
+needs_triton = pytest.mark.skipif(
+    bool(triton.missing_reasons()), reason="; ".join(triton.missing_reasons())
+)
+# Where the Triton kernels are tested: on a GPU where there is one, else interpreted.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 EPS = torch.finfo(torch.float32).eps
 WINOGRAD = 4e-6

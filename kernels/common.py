@@ -1,0 +1,76 @@
+"""What the Triton kernels share: where they run, their memory, the activations."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Read when a kernel is decorated, so no later change of the environment matters.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def target_backend() -> str:
+    """``cuda`` or ``hip``: for what the kernels are compiled."""
+    return "cuda" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many of them ``device`` has; 1 where the kernels are not run by a GPU."""
+    return _multiprocessors(device) if device.type == "cuda" else 1
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised contiguous float32 tensor where ``like`` is."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return _empty(shape, tuple(reversed(strides)), torch.float32, like.device)
+
+
+def empty_images(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised ``[n, c, h, w]`` in ``torch.channels_last`` where ``like`` is."""
+    return _empty((n, c, h, w), (h * w * c, 1, w * c, c), dtype, like.device)
+
+
+def _empty(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def power_of_2(size: int, least: int, most: int) -> int:
+    """The smallest power of 2 that holds ``size``, within bounds that are powers of 2."""
+    return min(max(triton.next_power_of_2(size), least), most)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, negative_slope):
+    """``act(z)``, float32. NaN stays NaN."""
+    if ACTIVATION == "relu":
+        z = tl.where(z < 0.0, 0.0, z)
+    elif ACTIVATION == "leaky_relu":
+        z = tl.where(z < 0.0, z * negative_slope, z)
+    elif ACTIVATION == "tanh":
+        z = 2.0 * tl.sigmoid(2.0 * z) - 1.0
+    return z
+
+
+@triton.jit
+def activation_gradient(y, ACTIVATION: tl.constexpr, negative_slope):
+    """``act'(z)`` from ``y = act(z)``; for ``relu`` and ``leaky_relu``, ``y`` may be ``z``."""
+    if ACTIVATION == "relu":
+        return tl.where(y <= 0.0, 0.0, 1.0)
+    if ACTIVATION == "leaky_relu":
+        return tl.where(y > 0.0, 1.0, negative_slope)
+    if ACTIVATION == "tanh":
+        return 1.0 - y * y
+    return tl.full(y.shape, 1.0, tl.float32)
