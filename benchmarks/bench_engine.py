@@ -15,14 +15,14 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from fastgan.benchmarks import example_dcgan as example
 from fastgan.benchmarks.machine import no_collection, synchronize
-from fastgan.benchmarks.plan import NZ, OTHERS, VARIANTS, Cell
+from fastgan.benchmarks.plan import NZ, OTHERS, VARIANTS, Cell, Recipe
 from torch import Tensor, nn
 
 from fastgan.choices import Backend
@@ -49,6 +49,16 @@ LEAST_ROUNDING = {
     "gradients": 1e-3,
     "numbers after an update": 1e-4,
     "weight updates": 5e-3,
+}
+# What autocast to bfloat16 may differ from the example by. It has 8 bits, float32 has 24, and no
+# multiple of that rounding fits: these are at least twice what was found, with networks of the
+# default width, on the CPU. They tell a wrong learning rate or a lost term from rounding.
+AMP_LIMITS = {
+    "numbers": 0.02,
+    "running statistics": 0.01,
+    "gradients": 0.4,
+    "numbers after an update": 0.03,
+    "weight updates": 0.5,
 }
 LEAST_ROUNDS = 3
 
@@ -81,11 +91,13 @@ class Variant(NamedTuple):
         name: one of ``plan.VARIANTS``.
         build: makes it of the example's networks, which it may change and are on the device.
         excuses: the errors which mean that it cannot run here, and not that it is wrong.
+        limits: by kind, what it may differ from the example by; None for what CHECK says.
     """
 
     name: str
     build: Callable[[nn.Module, nn.Module], Trainer]
     excuses: tuple[type[Exception], ...] = ()
+    limits: Mapping[str, float] | None = None
 
 
 class Effort(NamedTuple):
@@ -102,73 +114,114 @@ class Effort(NamedTuple):
     turn: float = 0.3
 
 
-def select_variants(names: Sequence[str] = (), *, compiled: bool = True) -> list[Variant]:
-    """The variants called ``names`` and the example, or all that this machine has.
+def select_variants(
+    names: Sequence[str] = (), *, compiled: bool = True, device: torch.device | None = None
+) -> list[Variant]:
+    """The variants called ``names`` and the example, or all that this machine has for ``device``.
 
     Args:
         names: of ``plan.VARIANTS``.
         compiled: whether those of torch.compile are among all.
+        device: where they will be measured; the CPU where it is None.
 
     Raises:
-        NotBuiltError: a backend was named that cannot run here; the message says why.
+        NotBuiltError: a variant was named that cannot run there; the message says why.
     """
-    all_here = [name for name in VARIANTS if compiled or not name.startswith("compile")]
-    wanted = {OTHERS[0], *names} if names else set(all_here)
+    device_type = "cpu" if device is None else device.type
     chosen = []
-    for name in VARIANTS:
-        if name not in wanted:
+    for name, recipe in VARIANTS.items():
+        if names and name not in {OTHERS[0], *names}:
             continue
-        reasons = _obstacles(name)
+        if not names and not compiled and recipe.kind == "compile":
+            continue
+        reasons = _obstacles(recipe, device_type)
         if not reasons:
-            chosen.append(_variant(name))
+            chosen.append(make_variant(name))
         elif names:
             raise NotBuiltError(f"--variants: {name!r} cannot run here: {'; '.join(reasons)}")
     return chosen
 
 
-def _obstacles(name: str) -> list[str]:
-    backend = name.partition(" ")[2]
-    return [] if name in OTHERS or backend == "auto" else machine_reasons(backend)
+def _obstacles(recipe: Recipe, device_type: str) -> list[str]:
+    elsewhere = recipe.obstacle(device_type)
+    if elsewhere:
+        return [elsewhere]
+    ours = recipe.kind == "fastgan" and recipe.backend != "auto"
+    return machine_reasons(recipe.backend) if ours else []
 
 
-def _variant(name: str) -> Variant:
-    kind, _, rest = name.partition(" ")
-    if kind == "fastgan":
-        build = functools.partial(engine_trainer, backend=cast(Backend, rest))
+def make_variant(name: str) -> Variant:
+    """The variant ``name`` of ``plan.VARIANTS``, whether it can run here or not."""
+    recipe = VARIANTS[name]
+    if recipe.kind == "fastgan":
+        build = functools.partial(engine_trainer, backend=recipe.backend)
         return Variant(name, build, (InputError, NotBuiltError))
-    compiled = kind == "compile"
+    compiled = recipe.kind == "compile"
     build = functools.partial(
-        example_trainer, channels_last=rest == "channels_last", compiled=compiled
+        example_trainer,
+        channels_last=recipe.channels_last,
+        amp=recipe.amp,
+        compiled=recipe.mode if compiled else None,
     )
     # A compiler of the machine's takes part, which may be missing or fail in any way.
-    return Variant(name, build, (Exception,) if compiled else ())
+    excuses = (Exception,) if compiled else ()
+    return Variant(name, build, excuses, AMP_LIMITS if recipe.amp else None)
 
 
 def example_trainer(
-    netG: nn.Module, netD: nn.Module, *, channels_last: bool = False, compiled: bool = False
+    netG: nn.Module,
+    netD: nn.Module,
+    *,
+    channels_last: bool = False,
+    amp: bool = False,
+    compiled: str | None = None,
 ) -> Trainer:
-    """The example's loop, its networks in ``channels_last`` or compiled where that is asked for."""
+    """The example's loop, its networks in another format, dtype or compiled where asked for.
+
+    Args:
+        netG, netD: the example's networks.
+        channels_last: their memory format.
+        amp: run them under autocast to bfloat16; weights, loss and Adam stay float32.
+        compiled: the mode of torch.compile.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for net in (netG, netD):
         net.to(memory_format=layout)
-        if compiled:
-            net.compile(dynamic=False)
+        if amp:
+            _autocast(net)
+        if compiled is not None:
+            net.compile(dynamic=False, mode=compiled)
     trainer = example.ExampleTrainer(netG, netD)
 
     def step(real: Tensor, z: Tensor) -> Sequence[float]:
+        if compiled == "reduce-overhead":
+            # Both networks' graphs of a step share one pool: what one leaves lives until the next.
+            torch.compiler.cudagraph_mark_step_begin()
         return trainer.step(real.contiguous(memory_format=layout), z)
 
     return Trainer(step, netG, netD, trainer.optimizerG, trainer.optimizerD)
 
 
+def _autocast(net: nn.Module) -> None:
+    """Let ``net`` compute in bfloat16, and return float32."""
+    device_type = next(net.parameters()).device.type
+    inside = torch.autocast(device_type, dtype=torch.bfloat16)(net.forward)
+    net.forward = lambda x: inside(x).float()
+    for module in net.modules():
+        if isinstance(module, nn.Sigmoid):
+            # Autocast refuses BCELoss, as a probability in bfloat16 is 0 or 1 too soon; with the
+            # logits in float32 the loss is that of BCEWithLogitsLoss, which it wants instead.
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+
+
 def engine_trainer(netG: nn.Module, netD: nn.Module, *, backend: Backend) -> Trainer:
-    """The engine, on fastgan's own networks with the weights of the example's."""
-    device = next(netG.parameters()).device
+    """The engine, on fastgan's own networks with the weights, and the dtype, of the example's."""
+    weight = next(netG.parameters())
     engine = Engine(
-        DCGANGenerator.from_state_dict(netG.state_dict()),
-        DCGANDiscriminator.from_state_dict(netD.state_dict()),
+        DCGANGenerator.from_state_dict(netG.state_dict()).to(weight.dtype),
+        DCGANDiscriminator.from_state_dict(netD.state_dict()).to(weight.dtype),
         backend=backend,
-        device=device,
+        device=weight.device,
     )
 
     def step(real: Tensor, z: Tensor) -> Sequence[float]:
@@ -204,7 +257,7 @@ def measure_cell(
         RunError: the example itself does not work on ``device``.
     """
     say("float64 truth")
-    netG, netD, batches = _inputs(cell, seed)
+    netG, netD, batches = inputs(cell, seed)
     rounding = _rounding(netG, netD, batches, device)
     netG.to(device)
     netD.to(device)
@@ -221,16 +274,18 @@ def measure_cell(
         entries.append(entry)
         try:
             trainer = variant.build(copy.deepcopy(netG), copy.deepcopy(netD))
-            seen = _observe(trainer, batches)
+            seen = observe(trainer, batches)
         except variant.excuses as error:
             entry |= {"status": "cannot run", "reason": _one_line(error)}
             continue
         reference = reference or seen
-        deviation = _deviation(seen, reference)
+        deviation = deviations(seen, reference)
+        limits = variant.limits or {kind: LIMIT * size for kind, size in rounding.items()}
         entry["deviation"] = {k: d if math.isfinite(d) else None for k, d in deviation.items()}
-        wrong = [k for k, d in deviation.items() if not d <= LIMIT * rounding[k]]
+        entry["limits"], entry["own_limits"] = dict(limits), variant.limits is not None
+        wrong = [k for k, d in deviation.items() if not d <= limits[k]]
         if wrong:
-            entry |= {"status": "differs", "reason": _difference(wrong, deviation, rounding)}
+            entry |= {"status": "differs", "reason": _difference(wrong, deviation, limits)}
         else:
             trainers[variant.name] = trainer
 
@@ -251,7 +306,8 @@ def measure_cell(
     }
 
 
-def _inputs(cell: Cell, seed: int) -> tuple[nn.Module, nn.Module, list[Batch]]:
+def inputs(cell: Cell, seed: int) -> tuple[nn.Module, nn.Module, list[Batch]]:
+    """The example's networks on the CPU, and a batch for each step of the check."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         netG = example.Generator(NZ, cell.ngf, cell.nc, cell.image_size)
@@ -275,22 +331,22 @@ def _rounding(
 ) -> dict[str, float]:
     """How far the example in float32 on ``device`` is from itself in float64, by kind."""
 
-    def observe(device: torch.device, dtype: torch.dtype) -> Observations:
+    def seen(device: torch.device, dtype: torch.dtype) -> Observations:
         nets = (copy.deepcopy(net).to(device, dtype) for net in (netG, netD))
         few = [
             (real[:TRUTH_IMAGES].to(device, dtype), z[:TRUTH_IMAGES].to(device, dtype))
             for real, z in batches
         ]
-        return _observe(example_trainer(*nets), few)
+        return observe(example_trainer(*nets), few)
 
-    truth = observe(torch.device("cpu"), torch.float64)  # which not every accelerator has
-    deviation = _deviation(observe(device, torch.float32), truth)
+    truth = seen(torch.device("cpu"), torch.float64)  # which not every accelerator has
+    deviation = deviations(seen(device, torch.float32), truth)
     if not all(math.isfinite(d) for d in deviation.values()):
         raise RunError(f"the example's own loop gives numbers on {device} that are not finite")
     return {kind: max(d, LEAST_ROUNDING[kind]) for kind, d in deviation.items()}
 
 
-def _observe(trainer: Trainer, batches: Sequence[Batch]) -> Observations:
+def observe(trainer: Trainer, batches: Sequence[Batch]) -> Observations:
     """Take a step on each batch, and keep what can be compared.
 
     Adam's first steps go by the sign of the gradient, whatever its size, and so make rounding
@@ -359,7 +415,7 @@ def _float64(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64, copy=True)
 
 
-def _deviation(seen: Observations, reference: Observations) -> dict[str, float]:
+def deviations(seen: Observations, reference: Observations) -> dict[str, float]:
     """The largest relative difference of each kind, by the norms of the tensors."""
     largest = {}
     for kind, tensors in reference.items():
@@ -373,9 +429,9 @@ def _deviation(seen: Observations, reference: Observations) -> dict[str, float]:
 
 
 def _difference(
-    wrong: Sequence[str], deviation: dict[str, float], rounding: dict[str, float]
+    wrong: Sequence[str], deviation: Mapping[str, float], limits: Mapping[str, float]
 ) -> str:
-    parts = (f"{k} by {deviation[k]:.1e}, allowed {LIMIT * rounding[k]:.1e}" for k in wrong)
+    parts = (f"{k} by {deviation[k]:.1e}, allowed {limits[k]:.1e}" for k in wrong)
     return f"differs from the example: {'; '.join(parts)}"
 
 

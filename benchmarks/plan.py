@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import get_args
+from typing import Any
 
 from fastgan.choices import Backend
 from fastgan.errors import InputError
@@ -15,12 +15,65 @@ from fastgan.nn.sizes import split_size
 
 NZ = 100
 
-OTHERS = ("example", "example channels_last", "compile", "compile channels_last")
-VARIANTS = (
-    *OTHERS,
-    *(f"fastgan {backend}" for backend in get_args(Backend) if backend != "auto"),
-    "fastgan auto",
-)
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one variant takes the step.
+
+    Attributes:
+        kind: ``example``, ``compile`` or ``fastgan``.
+        channels_last: whether the example's networks and images are in that format.
+        amp: whether the networks run under ``torch.autocast`` to bfloat16.
+        mode: of ``torch.compile``.
+        backend: of the engine.
+        devices: the types of device that it is measured on; empty for all.
+        why: where that is not all, why not on the others.
+    """
+
+    kind: str
+    channels_last: bool = False
+    amp: bool = False
+    mode: str = "default"
+    backend: Backend = "auto"
+    devices: tuple[str, ...] = ()
+    why: str = ""
+
+    def obstacle(self, device_type: str) -> str:
+        """Why it is not measured on such a device; empty where it is."""
+        if not self.devices or device_type in self.devices:
+            return ""
+        return f"it is for {' and '.join(self.devices)}, the device is {device_type}: {self.why}"
+
+
+_ON_GPUS: dict[str, Any] = {"channels_last": True, "devices": ("cuda",)}
+# By name, in the order of their turns.
+VARIANTS: dict[str, Recipe] = {
+    "example": Recipe("example"),
+    "example channels_last": Recipe("example", channels_last=True),
+    "example amp": Recipe(
+        "example", amp=True, **_ON_GPUS, why="autocast to bfloat16 is for tensor cores"
+    ),
+    "compile": Recipe(
+        "compile", devices=("cpu",), why="tensor cores want channels_last, which is measured there"
+    ),
+    "compile channels_last": Recipe("compile", channels_last=True),
+    "compile reduce-overhead": Recipe(
+        "compile", mode="reduce-overhead", **_ON_GPUS, why="what it adds are CUDA graphs"
+    ),
+    "fastgan reference": Recipe("fastgan", backend="reference"),
+    "fastgan cpp": Recipe(
+        "fastgan", backend="cpp", devices=("cpu",), why="the C++ kernels run on the CPU"
+    ),
+    "fastgan triton": Recipe(
+        "fastgan", backend="triton", devices=("cuda",), why="the Triton kernels run on a GPU"
+    ),
+    "fastgan cuda": Recipe(
+        "fastgan", backend="cuda", devices=("cuda",), why="the CUDA kernels run on a GPU"
+    ),
+    "fastgan auto": Recipe("fastgan"),
+}
+# What fastgan is compared with; the first is the truth of the check.
+OTHERS = tuple(name for name, recipe in VARIANTS.items() if recipe.kind != "fastgan")
 
 COUNT = (
     "direct convolutions of the example's step, 2 FLOP a multiply-add, the same count for every "

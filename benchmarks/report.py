@@ -23,12 +23,22 @@ def machine_lines(record: dict[str, Any]) -> list[str]:
         f"{machine['cpu']} ({machine['instruction_set']}){on}, {_count(machine['cpus'], 'CPU')}, "
         f"{_count(machine['threads'], 'thread')}, {machine['system']}, Python {machine['python']}, "
         f"torch {machine['torch']}, fastgan {machine['fastgan']}",
-        f"float32{' (TF32 in convolutions)' if machine['tf32'] else ''}; measured here: sgemm "
+        f"{precision(machine)}; measured here: sgemm "
         f"{measured['sgemm_gflop_s']:.0f} GFLOP/s, copy {measured['copy_gb_s']:.1f} GB/s",
     ]
     if measured["load"] is not None:
         lines[1] += f"; load average before the start {measured['load']:.1f}"
     return lines
+
+
+def precision(machine: dict[str, Any]) -> str:
+    """What float32 was, of which GPUs have more than one; torch's ``none`` is its own rounding."""
+    taken = machine.get("fp32_precision", {})
+    names = {"tf32": "in TF32", "ieee": "in float32", "none": "in float32"}
+    said = [f"{what} {names.get(how, how)}" for what, how in taken.items()]
+    if machine.get("cudnn_benchmark"):
+        said.append("cuDNN picks its kernels by measurement")
+    return f"float32 ({', '.join(said)}; for every variant)" if said else "float32"
 
 
 def table(cell: dict[str, Any], sgemm_gflop_s: float) -> str:
@@ -40,7 +50,8 @@ def table(cell: dict[str, Any], sgemm_gflop_s: float) -> str:
             the yardstick of the check by kind; ``variants``, each with ``name``, ``status``
             (``ok``, ``differs`` or ``cannot run``) and ``reason`` or, where it is ok,
             ``images_per_second`` (``median``, ``p10``, ``p90``), ``ratio`` to ``ratio_to``,
-            ``gflop_per_second``, ``seconds_per_step`` of each round.
+            ``gflop_per_second``, ``seconds_per_step`` of each round; where it was checked,
+            ``limits`` by kind, and ``own_limits`` where they are not the check's.
         sgemm_gflop_s: the peak that fractions are of.
     """
     width = max(len(v["name"]) for v in cell["variants"])
@@ -61,6 +72,13 @@ def table(cell: dict[str, Any], sgemm_gflop_s: float) -> str:
             f"{start}{speed['median']:>10.1f}   {spread:<18}{variant['gflop_per_second']:>8.1f}"
             f"{variant['gflop_per_second'] / sgemm_gflop_s:>10.2f}{ratio}"
         )
+    for variant in cell["variants"]:
+        if variant.get("own_limits"):
+            limits = ", ".join(f"{size:g} ({kind})" for kind, size in variant["limits"].items())
+            lines.append(
+                f"  {variant['name']} was allowed to differ from the example by {limits}: the "
+                "rounding of bfloat16"
+            )
     return "\n".join(lines)
 
 

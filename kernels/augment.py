@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastgan.kernels import common
 from torch import Tensor
 
 _BLOCK = 1024
@@ -26,6 +27,7 @@ def _augment_fwd_kernel(images_ptr, index_ptr, flip_ptr, out_ptr, size, w, c, BL
     tl.store(out_ptr + i.to(tl.int64) * size + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
+@common.launcher
 def augment_forward(images: Tensor, index: Tensor | None, flip: Tensor | None, out: Tensor) -> None:
     """``out``, dense NHWC, from ``images [M, H, W, C]`` uint8, contiguous."""
     _, h, w, c = images.shape

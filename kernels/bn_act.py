@@ -315,6 +315,7 @@ def stats_tiles(groups: int, rows: int, channels: int) -> int:
     return min(triton.cdiv(rows, _block(channels)["BR"]), max(_TILES // groups, 1))
 
 
+@common.launcher
 def bn_stats(x: Tensor, stats: Tensor, groups: int) -> None:
     """``stats [tiles, 3, C]``: count, mean and sum of squared deviations of each tile of rows.
 
@@ -328,6 +329,7 @@ def bn_stats(x: Tensor, stats: Tensor, groups: int) -> None:
     )
 
 
+@common.launcher
 def bn_merge(
     stats: Tensor, eps: float, mean: Tensor, var: Tensor, invstd: Tensor, groups: int
 ) -> None:
@@ -340,6 +342,7 @@ def bn_merge(
     )
 
 
+@common.launcher
 def bn_act_forward(
     x: Tensor,
     mean: Tensor,
@@ -360,6 +363,7 @@ def bn_act_forward(
     )
 
 
+@common.launcher
 def bn_act_backward(
     dy: Tensor,
     x: Tensor,
@@ -399,6 +403,7 @@ def bn_act_backward(
     )
 
 
+@common.launcher
 def bn_update_running(
     mean: Tensor,
     var: Tensor,

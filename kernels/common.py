@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -11,6 +12,18 @@ from torch import Tensor
 
 # Read when a kernel is decorated, so no later change of the environment matters.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def launcher(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, which launches kernels, on the device of the first tensor that it is given."""
+
+    @functools.wraps(function)
+    def launch(*args: object) -> None:
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device_of(first):
+            function(*args)
+
+    return launch
 
 
 def target_backend() -> str:

@@ -40,6 +40,7 @@ def _bce_fwd_kernel(logits_ptr, targets, loss_ptr, d_ptr, dlogits_ptr, size, BLO
     tl.store(d_ptr + group, (tl.sum(d) / size).to(d_ptr.dtype.element_ty))
 
 
+@common.launcher
 def bce_forward(
     logits: Tensor, targets: list[float], loss: Tensor, d: Tensor, dlogits: Tensor
 ) -> None:

@@ -56,6 +56,20 @@ def honest_triton():
 
 
 @pytest.fixture
+def fp32_precision():
+    """Sets how the convolutions multiply float32 on a GPU: precisely, or as it is called with."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+
+    def start(precision):
+        convolutions.fp32_precision = precision
+
+    start("ieee")
+    yield start
+    start(before)
+
+
+@pytest.fixture
 def threads():
     """Sets the number of threads, for the rest of the test."""
     before = torch.get_num_threads()

@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgan import Engine, cli
-from fastgan.errors import RunError
+from fastgan.errors import NotBuiltError, RunError
 
 CPU = torch.device("cpu")
 TINY = Cell(16, 1, 8, 4, 4)
@@ -134,6 +134,10 @@ def _momentum(netG, netD):
     netG.main[1].momentum = 0.11
 
 
+def _wrong_momentum(netG, netD):
+    netG.main[1].momentum = 0.2
+
+
 def _reporting(change):
     """The example, the numbers of each step put through ``change``."""
 
@@ -180,6 +184,50 @@ def test_the_check_leaves_the_learning_rates():
     assert measured(Variant("kept", build))["status"] == "ok"
     for optimizer in (trainers[0].opt_g, trainers[0].opt_d):
         assert float(optimizer.param_groups[0]["lr"]) == 2e-4
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A machine whose GPU has what the Triton kernels want."""
+    monkeypatch.setattr(bench_engine, "machine_reasons", lambda name: ["no"] * (name == "cuda"))
+
+
+def test_the_variants_of_a_gpu_are_offered_there_alone(one_gpu):
+    on_gpu = [v.name for v in bench_engine.select_variants(device=torch.device("cuda"))]
+    assert on_gpu == [
+        *("example", "example channels_last", "example amp"),
+        *("compile channels_last", "compile reduce-overhead"),
+        *("fastgan reference", "fastgan triton", "fastgan auto"),
+    ]
+    on_cpu = [v.name for v in bench_engine.select_variants(device=CPU)]
+    assert on_cpu == [v.name for v in bench_engine.select_variants()]
+    assert on_cpu == [
+        *("example", "example channels_last", "compile", "compile channels_last"),
+        *("fastgan reference", "fastgan cpp", "fastgan auto"),
+    ]
+    with pytest.raises(NotBuiltError, match="for cpu, the device is cuda: the C"):
+        bench_engine.select_variants(["fastgan cpp"], device=torch.device("cuda"))
+
+
+def test_autocast_passes_its_own_limits_and_not_those_of_float32():
+    def build(*nets):
+        return bench_engine.example_trainer(*nets, channels_last=True, amp=True)
+
+    entry = measured(Variant("amp", build, limits=bench_engine.AMP_LIMITS))
+    assert (entry["status"], entry["own_limits"]) == ("ok", True)
+    assert entry["limits"] == bench_engine.AMP_LIMITS
+    least = bench_engine.LIMIT * bench_engine.LEAST_ROUNDING["numbers"]
+    assert entry["deviation"]["numbers"] > least
+
+
+@pytest.mark.parametrize(
+    "fault", ["learning rate", "a gradient without terms", "not a number", "running statistics"]
+)
+def test_what_autocast_is_allowed_covers_no_fault(fault):
+    faults = {**FAULTS, "a gradient without terms": _hooked(lambda grad: grad * 0.5)}
+    faults["running statistics"] = _changed(_wrong_momentum)
+    entry = measured(Variant(fault, faults[fault], limits=bench_engine.AMP_LIMITS))
+    assert entry["status"] == "differs"
 
 
 def test_a_variant_that_cannot_run_says_why(capsys):
@@ -275,6 +323,22 @@ def test_the_table():
     assert lines[4].split() == cells
 
 
+def test_the_table_says_where_more_was_allowed():
+    record = _record(1)
+    record["cells"][0]["variants"][2] |= {"own_limits": True, "limits": {"numbers": 0.02}}
+    last = report.table(record["cells"][0], 100.0).splitlines()[-1]
+    assert last.startswith("  fastgan cpp was allowed to differ") and "0.02 (numbers)" in last
+
+
+def test_a_gpu_says_which_float32_it_had(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    record = _record(1)
+    record["machine"] = machine.describe(torch.device("cuda"))
+    second = report.machine_lines(record)[1]
+    assert second.startswith("float32 (convolutions in TF32, matrix products in float32; for every")
+    assert "TF32" not in report.machine_lines(_record(1))[1]
+
+
 @pytest.mark.parametrize("cells", [1, 2, 5])
 def test_the_chart_has_a_panel_for_each_cell(cells, monkeypatch):
     drawn = []
@@ -362,6 +426,9 @@ def test_what_is_not_its_own_is_left_alone(tmp_path, capsys):
     [
         (("--variants", "fastgan cpu"), "'fastgan cpu' is unknown; choose from 'example'"),
         (("--variants", "fastgan cuda"), "'fastgan cuda' cannot run here: "),
+        (("--variants", "fastgan triton"), "the device is cpu: the Triton kernels run on a GPU"),
+        (("--variants", "example amp"), "the device is cpu: autocast to bfloat16 is for tensor"),
+        (("--variants", "compile reduce-overhead"), "the device is cpu: what it adds are CUDA"),
         (("--variants", "compile", "--no-compile"), "give one of them"),
         (("--full", "--nc", 1), "--full and --nc"),
         (("--full", "--quick"), "--full and --quick"),

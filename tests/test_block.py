@@ -184,7 +184,7 @@ def test_refuses(kind, kwargs, message):
 @pytest.mark.parametrize("kind", OPS)
 def test_statistics_of_a_large_mean_and_a_small_deviation(monkeypatch, nan_outputs, kind, way):
     """What the convolution sums as it writes serves for the batch norm."""
-    monkeypatch.setattr(conv_ops, "_choose", lambda *args: way)
+    monkeypatch.setattr(conv_ops._Cpp, "choose", lambda *args: way)
     tensors, step = arguments(kind, BLOCKS[kind][1], "nhwc", bias=True)
     x, weight, bias = tensors["x"], tensors["weight"], torch.full_like(tensors["bias"], 1e3)
     mean, var = torch.zeros_like(bias), torch.zeros_like(bias)

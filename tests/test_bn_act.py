@@ -5,22 +5,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.numerics import (
+    CPP,
+    DTYPES,
     LAYOUTS,
+    TRITON,
+    TRITON_DEVICE,
+    alike,
     away_from_kinks,
     compiled,
+    device_of,
     error,
     laid_out,
     leaves,
     limit,
     needs_kernels,
+    needs_triton,
 )
 
 from fastgan import bn_act
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import cpp
+from fastgan.ops import cpp, triton
 from fastgan.ops.activation import ACTIVATIONS
 from fastgan.ops.backend import use_backend
-from fastgan.ops.bn_act import bn_act_backward, bn_act_forward
+from fastgan.ops.bn_act import bn_act_backward, bn_act_forward, bn_update_running
 
 EPS = 1e-5
 # groups, and the shape of the whole batch.
@@ -98,29 +105,50 @@ def arguments(shape, layout="nchw", affine=True):
     return x, *((weight, bias) if affine else (None, None)), mean, var, dy
 
 
-def check(groups, shape, activation, layout="nhwc", training=True, affine=True):
+def check(
+    groups,
+    shape,
+    activation,
+    layout="nhwc",
+    training=True,
+    affine=True,
+    backend="cpp",
+    dtype=torch.float32,
+    of_channels=None,
+):
+    """``x`` in ``dtype``, what there is of each channel in ``of_channels`` or ``dtype`` too."""
     x, weight, bias, mean, var, dy = arguments(shape, layout, affine)
+    of_channels = of_channels or dtype
+    x = alike(x, dtype)
+    weight, bias, mean, var = (
+        None if t is None else t.to(of_channels) for t in (weight, bias, mean, var)
+    )
     keep = {"training": training, "groups": groups}
-
-    def results(backend, dtype, dy):
-        x_, weight_, bias_ = leaves(x, weight, bias, dtype=dtype)
-        statistics = mean.to(dtype, copy=True), var.to(dtype, copy=True)
-        with use_backend(backend):
-            y = bn_act(x_, weight_, bias_, *statistics, **keep, activation=activation)
-        y.backward(dy.to(dtype))
-        assert y.dtype == dtype
-        gradients = [None if leaf is None else leaf.grad for leaf in (x_, weight_, bias_)]
-        return [y.detach(), *gradients, *statistics]
-
     exact = [None if t is None else t.double() for t in (x, weight, bias, mean, var)]
-    dy = away_from_kinks(dy, bn_act(*exact, **keep), activation)
-    want = results("reference", torch.float64, dy)
-    own = results("reference", torch.float32, dy)
-    got = results("cpp", torch.float32, dy)
+    dy = alike(away_from_kinks(dy, bn_act(*exact, **keep), activation), dtype)
+
+    def results(backend, to=None):
+        device = device_of(backend)
+        x_, weight_, bias_, mean_, var_, dy_ = (
+            None if t is None else alike(t, to or t.dtype, device)
+            for t in (x, weight, bias, mean, var, dy)
+        )
+        inputs = [None if t is None else t.requires_grad_() for t in (x_, weight_, bias_)]
+        with use_backend(backend):
+            y = bn_act(*inputs, mean_, var_, **keep, activation=activation)
+        y.backward(dy_)
+        gradients = [None if leaf is None else leaf.grad for leaf in inputs]
+        found = [y.detach(), *gradients, mean_, var_]
+        return [None if t is None else t.cpu() for t in found]
+
+    want, own, got = results("reference", torch.float64), results("reference"), results(backend)
+    # On the CPU torch sums float32 in float64, as no GPU does.
+    floors = 2 if backend == "triton" else 1
     names = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
     for name, g, w, o in zip(names, got, want, own, strict=True):
         if w is not None:
-            assert error(g, w) <= limit(o, w), name
+            assert g.dtype == o.dtype
+            assert error(g, w) <= limit(o, w, floors), name
 
 
 @needs_kernels
@@ -145,6 +173,84 @@ def test_layouts(nan_outputs, layout, training, affine):
     check(2, (6, 5, 4, 7), "leaky_relu", layout, training, affine)
 
 
+TRITON_SHAPES = (
+    (1, (7, 3, 1, 1)),
+    (1, (1, 1, 4, 4)),
+    (3, (6, 16, 7, 5)),
+    (2, (4, 70, 3, 3)),  # more channels than a block has
+    (2, (2, 5, 24, 25)),  # more rows
+    (1, (1, 300, 2, 1)),  # more channels than a block of the running statistics has
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("groups", "shape"), TRITON_SHAPES, ids=str)
+def test_triton(nan_outputs, honest_triton, groups, shape, training, dtype):
+    check(groups, shape, "leaky_relu", training=training, backend="triton", dtype=dtype)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of which a small tensor has several in each dimension, and the last ones in part."""
+    kernels = triton.kernels("bn_act")
+    sizes = {"_BLOCK": 16, "_MOST_CHANNELS": 4, "_TILES": 6, "_MERGE_TILES": 2}
+    for name, size in {**sizes, "_MERGE_CHANNELS": 4}.items():
+        monkeypatch.setattr(kernels, name, size)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("groups", "shape"), [(1, (1, 1, 5, 5)), (2, (4, 6, 3, 3)), (3, (6, 9, 5, 3))], ids=str
+)
+def test_triton_in_many_programs(
+    nan_outputs, honest_triton, small_blocks, groups, shape, activation, dtype
+):
+    check(groups, shape, activation, backend="triton", dtype=dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_triton_copies_other_layouts(nan_outputs, honest_triton, layout, training, affine):
+    check(2, (6, 5, 4, 7), "leaky_relu", layout, training, affine, backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_triton_with_channels_in_float32(nan_outputs, honest_triton, training, dtype):
+    """As mixed precision has them."""
+    keep = {"training": training, "backend": "triton", "dtype": dtype}
+    check(2, (6, 5, 4, 7), "leaky_relu", **keep, of_channels=torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_triton_running_statistics(honest_triton, groups, contiguous):
+    draw = torch.Generator().manual_seed(0)
+    mean, var = torch.randn(groups, 40, generator=draw), torch.rand(groups, 40, generator=draw)
+    running = [torch.randn(40, generator=draw), torch.rand(40, generator=draw)]
+    want = [statistic.double() for statistic in running]
+    for group_mean, group_var in zip(mean.double(), var.double(), strict=True):
+        want = [
+            0.7 * want[0] + 0.3 * group_mean,
+            0.7 * want[1] + 0.3 * group_var * (5 / 4),
+        ]
+    got = [torch.stack([t, t], 1)[:, 0].to(TRITON_DEVICE) for t in running]
+    if contiguous:
+        got = [t.contiguous() for t in got]
+    assert got[0].is_contiguous() == contiguous
+    bn_update_running(*got, mean.to(TRITON_DEVICE), var.to(TRITON_DEVICE), 5, 0.3, "triton")
+    for g, w in zip(got, want, strict=True):
+        assert error(g.cpu(), w) <= 4 * torch.finfo(torch.float32).eps
+
+
 @needs_kernels
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -156,40 +262,45 @@ def test_each_instruction_set(nan_outputs, use_isa, isa, groups, shape, activati
     check(groups, shape, activation)
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", [CPP, TRITON])
 @pytest.mark.parametrize("shape", [(8, 5, 16, 16), (64, 24, 4, 4), (2, 3, 64, 64)], ids=str)
-def test_statistics_of_a_large_mean_and_a_small_deviation(nan_outputs, shape):
+def test_statistics_of_a_large_mean_and_a_small_deviation(
+    nan_outputs, honest_triton, shape, backend
+):
+    # A rounding of x is 0.6 % of its deviation.
+    of_mean, of_var = (1e-7, 1e-4) if backend == "cpp" else (2e-7, 3e-3)
     x = 1e3 + 1e-2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     _, mean, _, var = bn_act_forward(
-        x, None, None, None, None, None, True, EPS, 2, "none", 0.0, "cpp"
+        x.to(device_of(backend)), None, None, None, None, None, True, EPS, 2, "none", 0.0, backend
     )
     for g, part in enumerate(x.double().chunk(2)):
-        assert error(mean[g], part.mean((0, 2, 3))) < 1e-7
-        assert error(var[g], part.var((0, 2, 3), correction=0)) < 1e-4
+        assert error(mean[g].cpu(), part.mean((0, 2, 3))) < of_mean
+        assert error(var[g].cpu(), part.var((0, 2, 3), correction=0)) < of_var
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", [CPP, TRITON])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("training", [True, False])
-def test_what_is_not_finite(nan_outputs, activation, value, training):
+def test_what_is_not_finite(nan_outputs, honest_triton, activation, value, training, backend):
     x, weight, bias, mean, var, dy = arguments((6, 5, 4, 4))
     x[1, 2, 3, 0] = value
     dy[2, 3, 0, 0] = torch.nan
     results = []
-    for backend in ("reference", "cpp"):
-        inputs = leaves(x, weight, bias)
-        with use_backend(backend):
+    for name in ("reference", backend):
+        device = device_of(name)
+        inputs = leaves(x, weight, bias, device=device)
+        with use_backend(name):
             y = bn_act(
                 *inputs,
-                mean.clone(),
-                var.clone(),
+                mean.to(device, copy=True),
+                var.to(device, copy=True),
                 training=training,
                 groups=2,
                 activation=activation,
             )
-            y.backward(dy)
-        results.append([y.detach(), *(leaf.grad for leaf in inputs)])
+            y.backward(dy.to(device))
+        results.append([t.detach().cpu() for t in (y, *(leaf.grad for leaf in inputs))])
     for name, want, got in zip(("y", "dx", "dweight", "dbias"), *results, strict=True):
         assert not got[~want.isfinite()].isfinite().any(), name
     # The other group, and the other channels, know nothing of it.
@@ -233,20 +344,22 @@ def test_refuses(backend, kwargs, message):
         bn_act(torch.zeros(3, 2, 2, 2), **kwargs)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", TRITON])
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("length", [2, 6])
 @pytest.mark.parametrize("training", [True, False])
 def test_what_does_not_fit_is_refused_as_torch_does(backend, name, length, training):
-    fits = {"running_mean": torch.zeros(5), "running_var": torch.ones(5)}
+    statistics = {"running_mean": torch.zeros(5), "running_var": torch.ones(5)}
+    device = device_of(backend)
+    given = {k: t.to(device) for k, t in {**statistics, name: torch.ones(length)}.items()}
     with use_backend(backend), pytest.raises(RuntimeError):
-        bn_act(torch.randn(3, 5, 2, 2), **{**fits, name: torch.ones(length)}, training=training)
+        bn_act(torch.randn(3, 5, 2, 2, device=device), **given, training=training)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", TRITON])
 def test_one_value_a_channel_is_refused_as_torch_does(backend):
     with use_backend(backend), pytest.raises(ValueError, match="more than 1 value"):
-        bn_act(torch.randn(2, 5, 1, 1), groups=2)
+        bn_act(torch.randn(2, 5, 1, 1, device=device_of(backend)), groups=2)
 
 
 def test_one_group_is_torchs_own():
@@ -261,13 +374,22 @@ def test_other_ranks_are_the_references(shape):
     assert torch.equal(bn_act(x, activation="leaky_relu"), want)
 
 
-def everything(shape, groups):
-    x, weight, bias, mean, var, dy = arguments(shape)
-    inputs = leaves(x, weight, bias)
-    with use_backend("cpp"):
+def everything(shape, groups, backend="cpp"):
+    device = device_of(backend)
+    x, weight, bias, mean, var, dy = (t.to(device) for t in arguments(shape))
+    inputs = leaves(x, weight, bias, device=device)
+    with use_backend(backend):
         y = bn_act(*inputs, mean, var, groups=groups, activation="leaky_relu")
     y.backward(dy)
     return [y.detach(), mean, var, *(leaf.grad for leaf in inputs)]
+
+
+@needs_triton
+def test_triton_repeats_agree_bit_for_bit():
+    shape = (4, 24, 8, 8) if TRITON_DEVICE == "cpu" else (64, 24, 64, 64)
+    first = everything(shape, 2, "triton")
+    for _ in range(2):
+        assert all(map(torch.equal, everything(shape, 2, "triton"), first))
 
 
 @needs_kernels
@@ -289,47 +411,53 @@ def test_thread_counts_agree_to_rounding(threads):
             assert error(g, w.double()) <= 1e-6
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", [CPP, TRITON])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_opcheck(training, affine):
-    x, weight, bias, mean, var, dy = arguments((6, 5, 4, 7), "nhwc", affine)
+def test_opcheck(training, affine, backend):
+    x, weight, bias, mean, var, dy = (
+        None if t is None else t.to(device_of(backend))
+        for t in arguments((6, 5, 4, 7), "nhwc", affine)
+    )
     inputs = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(
-        bn_act_forward, (*inputs, mean, var, None, training, EPS, 2, "leaky_relu", 0.2, "cpp")
+        bn_act_forward, (*inputs, mean, var, None, training, EPS, 2, "leaky_relu", 0.2, backend)
     )
     groups = 2 if training else 1
-    of_groups = torch.randn(groups, 5), torch.rand(groups, 5) + 0.5
+    of_groups = x.new_empty(groups, 5).normal_(), x.new_empty(groups, 5).uniform_(0.5, 1.5)
     torch.library.opcheck(
-        bn_act_backward, (dy, x, *of_groups, weight, bias, training, "leaky_relu", 0.2, "cpp")
+        bn_act_backward, (dy, x, *of_groups, weight, bias, training, "leaky_relu", 0.2, backend)
     )
+    torch.library.opcheck(bn_update_running, (mean, var, *of_groups, 84, 0.1, backend))
 
 
-@needs_kernels
-def test_a_double_backward_raises():
-    x, weight, bias = leaves(*arguments((4, 3, 4, 4))[:3])
-    with use_backend("cpp"):
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_a_double_backward_raises(backend):
+    x, weight, bias = leaves(*arguments((4, 3, 4, 4))[:3], device=device_of(backend))
+    with use_backend(backend):
         y = bn_act(x, weight, bias)
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="bn_act_backward"):
         dx.square().sum().backward()
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", [CPP, TRITON])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_whole(training):
-    x, weight, bias, mean, var, dy = arguments((6, 5, 4, 7))
+def test_compiled_whole(training, backend):
+    device = device_of(backend)
+    x, weight, bias, mean, var, dy = (t.to(device) for t in arguments((6, 5, 4, 7)))
     results = []
     for call in (bn_act, compiled(bn_act)):
-        inputs, statistics = leaves(x, weight, bias), (mean.clone(), var.clone())
-        with use_backend("cpp"):
+        inputs = leaves(x, weight, bias, device=device)
+        statistics = mean.clone(), var.clone()
+        with use_backend(backend):
             y = call(*inputs, *statistics, training=training, groups=2, activation="tanh")
         y.backward(dy)
         results.append([y.detach(), *statistics, *(leaf.grad for leaf in inputs)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@needs_kernels
-def test_float64_is_refused_by_a_named_backend():
-    with use_backend("cpp"), pytest.raises(NotBuiltError, match="float64"):
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_float64_is_refused_by_a_named_backend(backend):
+    with use_backend(backend), pytest.raises(NotBuiltError, match="float64"):
         bn_act(torch.randn(4, 3, 2, 2, dtype=torch.float64))

@@ -629,6 +629,18 @@ def test_parameters_and_activations_are_channels_last():
 needs_cpp = pytest.mark.skipif(bool(machine_reasons("cpp")), reason="no C++ kernels here")
 
 
+def test_gradients_are_computed_where_the_choices_are_known():
+    """On a GPU autograd has threads of its own, in which a context variable is not set."""
+    engine, found = make(), []
+    for network in (engine.netG, engine.netD):
+        next(network.parameters()).register_hook(
+            lambda grad: found.append(torch.autograd.is_multithreading_enabled()) or grad
+        )
+    engine.step(real())
+    assert found == [False, False]
+    assert torch.autograd.is_multithreading_enabled()
+
+
 @needs_cpp
 def test_a_resume_takes_the_ways_of_the_run_and_not_of_the_machine(prefer):
     def steps(engine, first, last):

@@ -178,7 +178,9 @@ def convolve(n=2):
 def test_a_convolution_asks_for_each_direction_once(monkeypatch, backend):
     measured = []
     monkeypatch.setattr(
-        tuning, "_measure", lambda ways: measured.append(set(ways)) or dict.fromkeys(ways, 1.0)
+        tuning,
+        "_measure",
+        lambda ways, device: measured.append(set(ways)) or dict.fromkeys(ways, 1.0),
     )
     with use_backend(backend):
         convolve()
@@ -197,12 +199,14 @@ def test_a_convolution_asks_for_each_direction_once(monkeypatch, backend):
 )
 def test_only_auto_takes_torchs(monkeypatch, backend, taken):
     times = {"winograd4": 3.0, "winograd2": 2.0, "torch": 1.0}
-    monkeypatch.setattr(tuning, "_measure", lambda ways: times)
+    monkeypatch.setattr(tuning, "_measure", lambda ways, device: times)
     took = set()
-    for name in ("_run_forward", "_run_wgrad"):
-        run = getattr(conv, name)
+    for name in ("forward", "wgrad"):
+        run = getattr(conv._Cpp, name)
         monkeypatch.setattr(
-            conv, name, lambda way, *args, run=run: (took.add(way), run(way, *args))
+            conv._Cpp,
+            name,
+            lambda self, way, *args, run=run: took.add(way) or run(self, way, *args),
         )
     with use_backend(backend):
         convolve()
@@ -246,3 +250,41 @@ def test_nothing_is_said_where_all_is_well(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         Ways(monkeypatch, slow=3.0, quick=1.0).fastest("p")
     assert not caplog.records
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as far as it matters here; sets what is being captured on it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(tuning.triton, "version", lambda: "3.8.0")
+    monkeypatch.setattr(tuning, "_gpu_turn", lambda way: way())
+
+    def capture(capturing):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    capture(False)
+    return capture
+
+
+def test_a_gpu_has_times_of_its_own(gpu):
+    ways = {"slow": lambda: 2.0, "quick": lambda: 1.0}
+    assert fastest("p", ways, tuple(ways), GPU) == "quick"
+    assert len({tuning_file(), tuning_file(GPU), tuning_file(torch.device("cuda", 1))}) == 3
+    assert json.loads(tuning_file(GPU).read_text()) == {"p": {"quick": 1.0, "slow": 2.0}}
+    assert not tuning_file().exists()
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(gpu):
+    calls = []
+    ways = {"first": lambda: calls.append(1) or 2.0, "second": lambda: calls.append(2) or 1.0}
+    gpu(True)
+    assert fastest("p", ways, tuple(ways), GPU) == "first"
+    assert not calls
+    assert not tuning_file(GPU).exists()
+    gpu(False)
+    assert fastest("p", ways, tuple(ways), GPU) == "second"
+    gpu(True)
+    assert fastest("p", ways, tuple(ways), GPU) == "second"

@@ -127,8 +127,9 @@ def run(argv: list[str]) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
+    machine.prepare(device)
     compiled = not (args.quick or args.no_compile)
-    variants = bench_engine.select_variants(args.variants, compiled=compiled)
+    variants = bench_engine.select_variants(args.variants, compiled=compiled, device=device)
     effort = bench_engine.Effort(_QUICK_S if args.quick else _DEFAULT_S, args.rounds)
     record: dict[str, Any] = {
         "benchmark": _BENCHMARK,

@@ -99,8 +99,11 @@ def _print_backends() -> None:
 
 
 def _print_kernels() -> None:
-    from fastgan.ops import cpp, tuning
+    from fastgan.ops import cpp, triton, tuning
 
+    if not triton.missing_reasons():
+        where = "interpreted on the CPU" if triton.interpreted() else "compiled when first used"
+        print(f"Triton kernels: {where}; convolutions of any size")
     if _or_complaint(cpp.missing_reasons):
         return
     kernels = cpp.kernels()

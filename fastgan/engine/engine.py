@@ -125,8 +125,8 @@ class Engine:
             on logits.
         precision: ``fp32``, which computes in the dtype that the parameters have.
         capture: whether the step is captured in a CUDA graph; ``auto`` and False run it eagerly.
-        backend: ``auto``, ``reference``, or ``cpp`` on the CPU. ``auto`` takes for each op and
-            shape what measures fastest at the first step, and keeps to it: see
+        backend: ``auto``, ``reference``, ``cpp`` on the CPU, or ``triton`` on a GPU. ``auto`` takes
+            for each op and shape what measures fastest at the first step, and keeps to it: see
             :mod:`fastgan.ops.tuning`. A backend that is named raises for tensors that it cannot
             take, and leaves shapes for which it has no kernel to the reference.
         device: ``auto`` takes the accelerator that the parameters are on, else CUDA where there is
@@ -380,8 +380,15 @@ class Engine:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """Whatever runs a network of this engine does so on its backend, by its choices."""
-        with use_backend(self.backend), tuning.use_choices(self._choices):
+        """Whatever runs a network of this engine does so on its backend, by its choices.
+
+        So do gradients on a GPU, which autograd would compute in a thread that knows of neither.
+        """
+        with (
+            use_backend(self.backend),
+            tuning.use_choices(self._choices),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
             yield
 
     def _seed_generators(self, steps: int) -> None:

@@ -142,7 +142,7 @@ def select_backend(op: str, *tensors: Tensor | None) -> str:
     if requested == "reference":
         return requested
     device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
-    if torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         # Autocast is torch's own choice of dtypes for torch's own ops.
         return "reference"
     if requested == "auto":

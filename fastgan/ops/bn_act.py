@@ -253,10 +253,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, bias, _, _, _, training, _, _, activation, negative_slope, backend = inputs
     _, mean, invstd, _ = output
     ctx.save_for_backward(x, mean, invstd, weight, bias)
+    ctx.set_materialize_grads(False)  # of the statistics, which would be filled with zeros
     ctx.arguments = training, activation, negative_slope, backend
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
     x, mean, invstd, weight, bias = ctx.saved_tensors
     dx, dweight, dbias = bn_act_backward(dy, x, mean, invstd, weight, bias, *ctx.arguments)
     return (

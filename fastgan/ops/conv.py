@@ -98,21 +98,32 @@ def _problem(
 
 
 def _output_sizes(
-    x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    transposed: bool,
+    rest: tuple[int, int] = (0, 0),
 ) -> tuple[int, int, int, int]:
     n, _, *sides = x.shape
     kernel = weight.shape[2:]
     if transposed:
         h, w = ((s - 1) * stride - 2 * padding + k for s, k in zip(sides, kernel, strict=True))
-        return n, weight.shape[1], h, w
+        return n, weight.shape[1], h + rest[0], w + rest[1]
     h, w = ((s + 2 * padding - k) // stride + 1 for s, k in zip(sides, kernel, strict=True))
     return n, weight.shape[0], h, w
 
 
 def _forward_problem(
-    x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool, groups: int
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    transposed: bool,
+    groups: int,
+    rest: tuple[int, int] = (0, 0),
 ) -> _Problem:
-    out = _output_sizes(x, weight, stride, padding, transposed)
+    out = _output_sizes(x, weight, stride, padding, transposed, rest)
     low, high = (tuple(x.shape), out) if transposed else (out, tuple(x.shape))
     return _problem(low, high, weight.shape, stride, padding, groups)
 
@@ -152,42 +163,43 @@ class _Kernels:
         )
 
     def forward(
-        self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
-    ) -> None:
+        self, way: str, transposed: bool, x: Tensor, weight: Tensor, end: _Epilogue
+    ) -> Tensor:
         """fprop, or dgrad where ``transposed``, and what follows it."""
+        p = self.problem
         if way != "torch":
+            out = self.empty_images(x, *p.output(transposed))
             if self._forward(way, transposed, x, weight, out, end):
-                return
+                return out
+            if end.bias is not None:
+                out += end.bias.view(1, -1, 1, 1)
         else:
-            step = self.problem.stride, self.problem.padding
-            out.copy_(conv_reference(x, weight, None, *step, transposed, "none", 0.0))
-        if end.bias is not None:
-            out += end.bias.view(1, -1, 1, 1)
+            step, rest = ([p.stride] * 2, [p.padding] * 2), [0, 0]
+            if transposed:
+                fits = _output_sizes(x, weight, p.stride, p.padding, True)
+                rest = [p.high_h - fits[2], p.high_w - fits[3]]
+            out = cpp.dense(
+                torch.convolution(x, weight, end.bias, *step, [1, 1], transposed, rest, 1)
+            )
         if end.activation != "none":
-            out.copy_(ACTIVATIONS[end.activation](out, end.negative_slope))
+            out = ACTIVATIONS[end.activation](out, end.negative_slope)
         if end.stats is not None:
             self._sum_stats(out, end.stats, transposed)
+        return out
 
-    def wgrad(self, way: str, low: Tensor, high: Tensor, out: Tensor) -> None:
+    def wgrad(self, way: str, low: Tensor, high: Tensor) -> Tensor:
+        p = self.problem
+        sizes = p.cl, p.ch, p.kh, p.kw
         if way != "torch":
+            out = self.empty_images(low, *sizes)
             self._wgrad(way, low, high, out)
-            return
-        stride, padding = [self.problem.stride] * 2, [self.problem.padding] * 2
-        out.copy_(
-            torch.ops.aten.convolution_backward(
-                low,
-                high,
-                out,
-                None,
-                stride,
-                padding,
-                [1, 1],
-                False,
-                [0, 0],
-                1,
-                [False, True, False],
-            )[1]
+            return out
+        step, like = ([p.stride] * 2, [p.padding] * 2), self.empty_images(low, *sizes)
+        wanted = [False, True, False]
+        gradients = torch.ops.aten.convolution_backward(
+            low, high, like, None, *step, [1, 1], False, [0, 0], 1, wanted
         )
+        return cpp.dense(gradients[1])
 
     def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
         raise NotImplementedError
@@ -407,26 +419,33 @@ def conv_forward(
     negative_slope: float,
     groups: int,
     backend: str,
+    rest_h: int = 0,
+    rest_w: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """fprop, or dgrad where ``transposed``, with what follows it.
+
+    Args:
+        rest_h, rest_w: by how many pixels the high side is larger than the low side needs it to be:
+            dgrad's result, and not to be seen from its arguments.
 
     Returns:
         ``y``, and ``stats [tiles, 3, C]`` float32: the count, mean and sum of squared deviations of
         ``y`` in each tile; tiles of one of the ``groups`` parts of the batch follow one another.
         ``[0, 3, C]`` where ``groups`` is 0 or the kernel has no statistics.
     """
-    problem = _forward_problem(x, weight, stride, padding, transposed, groups)
+    rest = rest_h, rest_w
+    problem = _forward_problem(x, weight, stride, padding, transposed, groups, rest)
     kernels = _kernels(backend, problem, x)
     x, weight, bias = cpp.dense(x), cpp.dense(weight), cpp.contiguous(bias)
-    y = kernels.empty_images(x, *problem.output(transposed))
-    stats = kernels.empty_stats(x, kernels.stats_tiles(transposed), 3, y.shape[1])
+    channels = problem.output(transposed)[1]
+    stats = kernels.empty_stats(x, kernels.stats_tiles(transposed), 3, channels)
     end = _Epilogue(bias, activation, negative_slope, stats if len(stats) else None)
 
-    def run(way: str) -> None:
-        kernels.forward(way, transposed, x, weight, y, end)
+    def run(way: str) -> Tensor:
+        return kernels.forward(way, transposed, x, weight, end)
 
-    run(kernels.choose("dgrad" if transposed else "fprop", backend, x.device, run))
-    return y, stats
+    way = kernels.choose("dgrad" if transposed else "fprop", backend, x.device, run)
+    return run(way), stats
 
 
 @conv_forward.register_fake
@@ -441,8 +460,11 @@ def _(
     negative_slope: float,
     groups: int,
     backend: str,
+    rest_h: int = 0,
+    rest_w: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    problem = _forward_problem(x, weight, stride, padding, transposed, groups)
+    rest = rest_h, rest_w
+    problem = _forward_problem(x, weight, stride, padding, transposed, groups, rest)
     sizes = problem.output(transposed)
     tiles = _kernels(backend, problem, x).stats_tiles(transposed)
     stats = x.new_empty(tiles, 3, sizes[1], dtype=torch.float32)
@@ -463,13 +485,11 @@ def conv_wgrad(
     problem = _problem(low.shape, high.shape, sizes, stride, padding)
     kernels = _kernels(backend, problem, low)
     low, high = cpp.dense(low), cpp.dense(high)
-    out = kernels.empty_images(low, *sizes)
 
-    def run(way: str) -> None:
-        kernels.wgrad(way, low, high, out)
+    def run(way: str) -> Tensor:
+        return kernels.wgrad(way, low, high)
 
-    run(kernels.choose("wgrad", backend, low.device, run))
-    return out
+    return run(kernels.choose("wgrad", backend, low.device, run))
 
 
 @conv_wgrad.register_fake
@@ -502,9 +522,10 @@ def _(dy: Tensor, y: Tensor, activation: str, negative_slope: float, backend: st
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, stride, padding, transposed, activation, slope, _, backend = inputs
+    x, weight, bias, stride, padding, transposed, activation, slope, _, backend, *_ = inputs
     y = output[0] if activation != "none" else None
     ctx.save_for_backward(x, weight, y)
+    ctx.set_materialize_grads(False)  # of the statistics, which would be filled with zeros
     ctx.arguments = stride, padding, transposed, activation, slope, backend
     ctx.has_bias = bias is not None
 
@@ -512,19 +533,24 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
     x, weight, y = ctx.saved_tensors
     stride, padding, transposed, activation, slope, backend = ctx.arguments
+    if dy is None:
+        return (None,) * 12
     if activation != "none":
         dy = act_backward(dy, y, activation, slope, backend)
     dx = dweight = dbias = None
     if ctx.needs_input_grad[0]:
-        dx, _ = conv_forward(
-            dy, weight, None, stride, padding, not transposed, "none", 0.0, 0, backend
-        )
+        rest = (0, 0)
+        if not transposed:
+            fits = _output_sizes(dy, weight, stride, padding, True)
+            rest = x.shape[2] - fits[2], x.shape[3] - fits[3]
+        step = stride, padding, not transposed
+        dx, _ = conv_forward(dy, weight, None, *step, "none", 0.0, 0, backend, *rest)
     if ctx.needs_input_grad[1]:
         low, high = (x, dy) if transposed else (dy, x)
         dweight = conv_wgrad(low, high, list(weight.shape[2:]), stride, padding, backend)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         dbias = dy.sum((0, 2, 3))
-    return dx, dweight, dbias, *([None] * 7)
+    return dx, dweight, dbias, *([None] * 9)
 
 
 conv_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -78,9 +78,14 @@ def _(dloss: Tensor, dlogits: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
+    ctx.set_materialize_grads(False)  # of d and dlogits, which would be filled with zeros
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
+def _backward(
+    ctx: Any, dloss: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, None, None]:
+    if dloss is None:
+        return None, None, None
     (dlogits,) = ctx.saved_tensors
     return gan_loss_backward(dloss, dlogits), None, None
 

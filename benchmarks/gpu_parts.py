@@ -1,0 +1,478 @@
+"""What ``gpu_check`` asks of a GPU, a part at a time, each in a process of its own.
+
+``python -m fastgan.benchmarks.gpu_parts step --out step.json`` runs one part. A kernel that reads
+where it may not takes its process with it, and one that never ends has to be killed: so the parts
+are apart, and what a part has found is in its file as soon as it is found. With ``--dry-run`` they
+run on the CPU, the kernels interpreted, at sizes that take seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastgan.benchmarks import bench_conv, bench_engine, machine
+from fastgan.benchmarks.plan import VARIANTS, Cell
+from torch import Tensor
+
+from fastgan.files import replace_file
+from fastgan.ops import conv, triton, tuning
+from fastgan.seeding import generator
+
+# How a float32 convolution may multiply, and a dtype: what torch's own setting has to be for it.
+PRECISIONS = {
+    "float32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
+}
+# How many times the reference's own rounding a step by the kernels may differ from float64.
+STEP_LIMIT = 4.0
+_STEP_IMAGES = 32
+# Of a convolution, from float64 by norm: a few times what rounding both operands and the result
+# comes to, the same for every way.
+OP_LIMITS = {"tf32": 2.0**-9, "bf16": 2.0**-8}
+_OP_BATCH = 128
+_TORCH = "cuDNN"
+_WORKERS = 8
+_MOST_TILES = 4  # that an op chooses from
+_NVIDIA_SMI = (
+    *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem"),
+    *("power.draw", "power.limit", "temperature.gpu", "persistence_mode", "utilization.gpu"),
+)
+
+Record = dict[str, Any]
+Save = Callable[[Record], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How to run a part.
+
+    Attributes:
+        dry_run: on the CPU, as small as can be.
+        quick: the least that says something.
+        without_own: why fastgan's own kernels and engine get no speeds; empty where they do.
+    """
+
+    dry_run: bool = False
+    quick: bool = False
+    without_own: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry_run else "cuda")
+
+
+def describe(job: Job, save: Save) -> bool:
+    """The machine: what has to be the same for figures to be compared."""
+    found = machine.describe(job.device)
+    found["triton"] = triton.version()
+    if not job.dry_run:
+        gpu = torch.cuda.get_device_properties(job.device)
+        found |= {
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "memory_gib": gpu.total_memory / 2**30,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    save({"machine": found, "nvidia_smi": _nvidia_smi()})
+    return True
+
+
+def _nvidia_smi() -> dict[str, str] | None:
+    """Driver, clocks and power; None where the tool is not there."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, f"--query-gpu={','.join(_NVIDIA_SMI)}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        values = done.stdout.splitlines()[0].split(",")
+        return dict(zip(_NVIDIA_SMI, map(str.strip, values), strict=True))
+    return None
+
+
+def kernels(job: Job, save: Save) -> bool:
+    """A tiny step, for a tool to watch every access that its kernels make."""
+    numbers = _one_step(Cell(16, 1, 8, 8, 8), "float32", 0, job.device)
+    save({"numbers": numbers})
+    return all(map(math.isfinite, numbers))
+
+
+def _one_step(cell: Cell, precision: str, tile: int, device: torch.device) -> list[float]:
+    """The five numbers of one step by the kernels, every convolution by the tile so numbered."""
+    dtype, _ = PRECISIONS[precision]
+    netG, netD, batches = bench_engine.inputs(cell, 0)
+    with fp32_precision(precision), _tile(tile):
+        nets = (net.to(device, dtype) for net in (netG, netD))
+        trainer = bench_engine.engine_trainer(*nets, backend="triton")
+        real, z = batches[0]
+        return list(trainer.step(real.to(device, dtype), z.to(device, dtype)))
+
+
+@contextlib.contextmanager
+def _tile(index: int) -> Iterator[None]:
+    """Within this context nothing is measured: the way so numbered is taken, or the last."""
+
+    def taken(problem: str, ways: object, among: Sequence[str], device: object) -> str:
+        return among[min(index, len(among) - 1)]
+
+    before = tuning.fastest
+    tuning.fastest = taken  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tuning.fastest = before
+
+
+def compile_all(job: Job, save: Save) -> bool:
+    """Compile what the parts after this one launch, in several processes.
+
+    Triton keeps what it has compiled on disk. Measuring the tiles of a step one after another
+    would compile them one after another.
+    """
+    tasks = [(Cell(64, 3, _STEP_IMAGES), name, 0) for name in PRECISIONS]
+    tasks += [(cell, "tf32", tile) for cell in _cells(job) for tile in range(_MOST_TILES)]
+    rows = []
+    for (cell, name, tile), reason in zip(tasks, _in_processes(_compile, tasks), strict=True):
+        rows.append({"cell": str(cell), "precision": name, "tile": tile, "reason": reason})
+        save({"rows": rows})
+    return not any(row["reason"] for row in rows)
+
+
+def _compile(task: tuple[Cell, str, int]) -> str:
+    """Why it failed; empty where it did not."""
+    try:
+        numbers = _one_step(*task, torch.device("cuda"))
+    except Exception as failure:  # whatever a compiler or a driver makes of it
+        return f"{type(failure).__name__}: {_one_line(failure)}"
+    return "" if all(map(math.isfinite, numbers)) else f"not finite: {numbers}"
+
+
+def _in_processes(call: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+    workers = min(_WORKERS, os.cpu_count() or 1, len(tasks))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(call, tasks)
+
+
+def step(job: Job, save: Save) -> bool:
+    """The whole step by the kernels and by plain torch, both against float64."""
+    cell = Cell(16, 1, 4, 4, 4) if job.dry_run else Cell(64, 3, _STEP_IMAGES)
+    # Triton's interpreter multiplies bfloat16 as the integers that it is kept in.
+    names = list(PRECISIONS)[:1] if job.dry_run else list(PRECISIONS)
+    rows: list[Record] = []
+    for name in names:
+        rows += _compare_steps(cell, name, job.device)
+        save({"cell": str(cell), "limit": STEP_LIMIT, "rows": rows})
+    return all(row["right"] for row in rows)
+
+
+def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Record]:
+    dtype, _ = PRECISIONS[precision]
+    netG, netD, batches = bench_engine.inputs(cell, 0)
+    for net in (netG, netD):
+        net.to(dtype)
+
+    def seen(backend: Any, device: torch.device, dtype: torch.dtype) -> bench_engine.Observations:
+        nets = (net.to(device, dtype) for net in (netG, netD))
+        trainer = bench_engine.engine_trainer(*nets, backend=backend)
+        given = [(real.to(device, dtype), z.to(device, dtype)) for real, z in batches]
+        return bench_engine.observe(trainer, given)
+
+    batches = [(real.to(dtype), z.to(dtype)) for real, z in batches]
+    with fp32_precision(precision), _tile(0):
+        by_torch = seen("reference", device, dtype)
+        own = seen("triton", device, dtype)
+        # Last, as the networks themselves change their dtype.
+        truth = seen("reference", device, torch.float64)
+    reference, ours = (bench_engine.deviations(found, truth) for found in (by_torch, own))
+    rows = []
+    for kind, least in bench_engine.LEAST_ROUNDING.items():
+        limit = STEP_LIMIT * max(reference[kind], least)
+        rows.append(
+            {
+                "precision": precision,
+                "kind": kind,
+                "reference": _finite(reference[kind]),
+                "triton": _finite(ours[kind]),
+                "limit": _finite(limit),
+                "right": ours[kind] <= limit < math.inf,
+            }
+        )
+    return rows
+
+
+def ops(job: Job, save: Save) -> bool:
+    """Every convolution of DCGAN-64 each way: checked, then timed against what the GPU allows."""
+    cases = _layers(job)
+    precisions = list(OP_LIMITS)[:1] if job.dry_run else list(OP_LIMITS)
+    rates = {name: _rates(job, name) for name in precisions}
+    record: Record = {"rates": rates, "limits": OP_LIMITS, "rows": []}
+    if job.without_own:
+        record["withheld"] = job.without_own
+    save(record)
+    tasks = [(case, name) for name in precisions for case in cases]
+    for task, errors in zip(tasks, _check_all(tasks, job), strict=True):
+        record["rows"].append(_row(*task, errors))
+    save(record)
+    right = True
+    for (case, name), row in zip(tasks, record["rows"], strict=True):
+        for way, found in row["ways"].items():
+            if found["right"]:
+                with fp32_precision(name):
+                    run, _ = _setup(case, name, job)
+                    seconds = _seconds(functools.partial(run, way), job)
+                found |= _speed(row, seconds, rates[name])
+            right = right and found["right"]
+        save(record)
+    return right
+
+
+def _layers(job: Job) -> list[bench_conv.Case]:
+    if job.dry_run:
+        sizes = ({"side": 4, "ch": 3}, {"side": 1, "stride": 1, "padding": 0, "ch": 8})
+        directions = bench_conv.DIRECTIONS
+        return [bench_conv.Case(d, n=2, cl=8, **s) for d, s in zip(directions, sizes, strict=False)]
+    of_64 = [c for c in bench_conv.CASES if c.n == _OP_BATCH and c.side in (1, 4, 8, 16, 32)]
+    return [case for case in of_64 if case.direction == "fprop" or not job.quick]
+
+
+def _check_all(
+    tasks: Sequence[tuple[bench_conv.Case, str]], job: Job
+) -> list[dict[str, float | str]]:
+    """By way the error, or why there is none. In several processes, since it compiles kernels."""
+    check = functools.partial(_check, job)
+    return list((map if job.dry_run else _in_processes)(check, tasks))
+
+
+def _check(job: Job, task: tuple[bench_conv.Case, str]) -> dict[str, float | str]:
+    case, name = task
+    machine.prepare(job.device)
+    errors: dict[str, float | str] = {}
+    with fp32_precision(name), _poisoned():
+        run, (low, high, weight) = _setup(case, name, job)
+        truth = bench_conv._torch(case, low.double(), high.double(), weight.double())
+        for way in _ways(case, name, job):
+            try:
+                error = (run(way).double() - truth).norm() / truth.norm()
+                errors[way] = error.item()
+            except Exception as failure:
+                errors[way] = f"{type(failure).__name__}: {_one_line(failure)}"
+    return errors
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Within this context what a kernel leaves out of its result is NaN."""
+    common = triton.kernels("common")
+    empty = common._empty
+    common._empty = lambda *args: empty(*args).fill_(torch.nan)
+    try:
+        yield
+    finally:
+        common._empty = empty
+
+
+def _ways(case: bench_conv.Case, name: str, job: Job) -> list[str]:
+    own = [] if job.without_own else list(_kernels(case, name).ways(case.direction))
+    return [_TORCH, *(own[:1] if job.quick else own)]
+
+
+def _kernels(case: bench_conv.Case, name: str) -> conv._Triton:
+    return conv._Triton(case.kernels().problem, PRECISIONS[name][0])
+
+
+def _setup(
+    case: bench_conv.Case, name: str, job: Job
+) -> tuple[Callable[[str], Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """``run(way)``, which computes the case, and its operands."""
+    dtype, _ = PRECISIONS[name]
+    own = _kernels(case, name)
+    p, draw = own.problem, generator(0, "gpu_check")
+    shapes = (p.low(), p.high(), (p.cl, p.ch, p.kh, p.kw))
+    low, high, weight = (
+        torch.randn(shape, generator=draw)
+        .to(job.device, dtype)
+        .to(memory_format=torch.channels_last)
+        for shape in shapes
+    )
+    transposed = case.direction == "dgrad"
+
+    def run(way: str) -> Tensor:
+        if way == _TORCH:
+            return bench_conv._torch(case, low, high, weight)
+        if case.direction == "wgrad":
+            return own.wgrad(way, low, high)
+        return own.forward(way, transposed, low if transposed else high, weight, conv._Epilogue())
+
+    return run, (low, high, weight)
+
+
+def _row(case: bench_conv.Case, name: str, errors: dict[str, float | str]) -> Record:
+    p, size = case.kernels().problem, PRECISIONS[name][0].itemsize
+    elements = math.prod(p.low()) + math.prod(p.high()) + p.cl * p.ch * p.kh * p.kw
+    ways: dict[str, Record] = {}
+    for way, error in errors.items():
+        if isinstance(error, str):
+            ways[way] = {"right": False, "reason": error}
+        else:
+            right = error <= OP_LIMITS[name]
+            ways[way] = {"right": right, "error": _finite(error)}
+            if not right:
+                ways[way]["reason"] = f"off by {error:.1e}, allowed {OP_LIMITS[name]:.1e}"
+    return {
+        "layer": f"{case.cl}->{case.ch}@{case.side}, batch {case.n}",
+        "direction": case.direction,
+        "precision": name,
+        "gflop": case.gflop(),
+        "megabytes": elements * size / 1e6,
+        "ways": ways,
+    }
+
+
+def _speed(row: Record, seconds: float, rates: dict[str, float]) -> Record:
+    least = max(row["gflop"] / 1e3 / rates["tflop_s"], row["megabytes"] / 1e3 / rates["gb_s"])
+    return {
+        "us": 1e6 * seconds,
+        "tflop_s": row["gflop"] / 1e3 / seconds,
+        "of_roofline": least / seconds,
+    }
+
+
+def _rates(job: Job, name: str) -> dict[str, float]:
+    """What this GPU reaches: TFLOP/s of large matrix products so rounded, GB/s of large copies."""
+    n, size = (64, 2**12) if job.dry_run else (8192, 2**28)
+    dtype, precision = PRECISIONS[name]
+    a, b = torch.randn(2, n, n, device=job.device, dtype=dtype)
+    source = torch.zeros(size, device=job.device)
+    target = torch.empty_like(source)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        product = _seconds(lambda: torch.mm(a, b), job)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    copy = _seconds(lambda: target.copy_(source), job)
+    return {"tflop_s": 2 * n**3 / 1e12 / product, "gb_s": 2 * 4 * size / 1e9 / copy}
+
+
+def _seconds(call: Callable[[], object], job: Job) -> float:
+    """The median; on a GPU by replays of a captured graph, which leave out the launches' cost."""
+    if not job.dry_run:
+        from triton.testing import do_bench_cudagraph
+
+        return 1e-3 * float(do_bench_cudagraph(call, rep=20, return_mode="median"))
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def bench(job: Job, save: Save) -> bool:
+    """Images a second of the whole step, each cell as ``fastgan bench`` measures it."""
+    effort = bench_engine.Effort(5.0 if job.quick else 15.0)
+    if job.dry_run:
+        effort = bench_engine.Effort(0.0, rounds=1, turn=0.0)
+    variants = _variants(job)
+    record: Record = {
+        "machine": machine.describe(job.device),
+        "check": bench_engine.CHECK,
+        "measured": {"sgemm_gflop_s": 1e3 * _rates(job, "float32")["tflop_s"]},
+        "cells": [],
+    }
+    if job.without_own:
+        record["withheld"] = job.without_own
+    save(record)
+    for cell in _cells(job):
+        found = bench_engine.measure_cell(cell, variants, effort, device=job.device)
+        record["cells"].append(found)
+        save(record)
+    return all(v["status"] != "differs" for cell in record["cells"] for v in cell["variants"])
+
+
+def _cells(job: Job) -> list[Cell]:
+    if job.dry_run:
+        return [Cell(16, 1, 4, 4, 4)]
+    cells = [Cell(64, 3, 128), Cell(28, 1, 128), Cell(64, 3, 1024)]
+    return cells[:1] if job.quick else cells
+
+
+def _variants(job: Job) -> list[bench_engine.Variant]:
+    if job.dry_run:
+        names = ("example", "example channels_last", "fastgan reference", "fastgan triton")
+        found = [bench_engine.make_variant(name) for name in names]
+    else:
+        found = bench_engine.select_variants(compiled=not job.quick, device=job.device)
+    return [v for v in found if not (job.without_own and VARIANTS[v.name].kind == "fastgan")]
+
+
+@contextlib.contextmanager
+def fp32_precision(name: str) -> Iterator[None]:
+    """Within this context convolutions of float32 multiply as ``PRECISIONS`` says."""
+    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = PRECISIONS[name][1]
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no other numbers.
+    return value if math.isfinite(value) else None
+
+
+def _one_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+PARTS: dict[str, Callable[[Job, Save], bool]] = {
+    "machine": describe,
+    "kernels": kernels,
+    "compile": compile_all,
+    "step": step,
+    "ops": ops,
+    "bench": bench,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one part; its file says how it went. Returns 0 where what was checked is right."""
+    parser = argparse.ArgumentParser("gpu_parts", description=main.__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, interpreted, tiny")
+    parser.add_argument("--quick", action="store_true", help="the least that says something")
+    parser.add_argument("--without-own", default="", help="why fastgan's own get no speeds")
+    args = parser.parse_args(argv)
+    job = Job(args.dry_run, args.quick, args.without_own)
+
+    machine.prepare(job.device)
+
+    def save(record: Record) -> None:
+        replace_file(args.out, json.dumps(record, allow_nan=False).encode())
+
+    return 0 if PARTS[args.part](job, save) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
