@@ -193,10 +193,9 @@ def _sums_across_rows_in_fp32(specialisation: Specialisation) -> bool:
 
 
 def compile_all(
-    missing: Mapping[str, Use], pool: Executor
-) -> tuple[dict[str, tuple[str, str, Compiled]], list[str]]:
-    """The entries of ``missing``, and what was refused by the compiler."""
-    entries: dict[str, tuple[str, str, Compiled]] = {}
+    missing: Mapping[str, Use], pool: Executor, entries: dict[str, tuple[str, str, Compiled]]
+) -> list[str]:
+    """Put those of ``missing`` into ``entries`` as they are done; what the compiler refused."""
     refused = []
     running = {
         pool.submit(_compile, key, use.launch.specialisation): key for key, use in missing.items()
@@ -213,7 +212,7 @@ def compile_all(
             continue
         specialisation = use.launch.specialisation
         entries[key] = (specialisation.target, specialisation.name, compiled)
-    return entries, refused
+    return refused
 
 
 def _compile(key: str, specialisation: Specialisation) -> Compiled:
@@ -331,7 +330,18 @@ def _run(targets: Sequence[str], *, check: bool, fresh: bool) -> int:
         plans = dict(zip(targets, pool.map(plan_of, targets), strict=True))
         uses = {key: use for plan in plans.values() for key, use in plan.uses.items()}
         missing = {key: use for key, use in uses.items() if fresh or key not in ledger.kernels}
-        entries, problems = compile_all(missing, pool)
+        entries: dict[str, tuple[str, str, Compiled]] = {}
+        try:
+            problems = compile_all(missing, pool, entries)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not check:
+                kept = Ledger(ledger.versions, ledger.kernels | entries)
+                replace_file(LEDGER, kept.text().encode())
+                print(
+                    f"\nstopped; {len(entries)} of {len(missing)} are kept, run it again to go on"
+                )
+            return 130
     unused = {
         key
         for key, (target, _, _) in ledger.kernels.items()

@@ -19,8 +19,10 @@ _MOST_CHANNELS = 64
 _WARPS = 4
 # Tiles of one group that a sum is cut into: enough programs for a large GPU, few to merge.
 _TILES = 256
-_MERGE_TILES = 64
-_MERGE_CHANNELS = 16
+# The programs that merge are few, and each waits for memory: so it takes many tiles at a time.
+_MERGE_TILES = 512
+_MERGE_CHANNELS = 8
+_MERGE_WARPS = 8
 
 
 @triton.jit(do_not_specialize=("rows", "tile_rows", "tiles"))
@@ -44,10 +46,14 @@ def _bn_stats_kernel(
         size = tl.minimum(end - row, BR).to(tl.float32)
         block_mean = tl.sum(x, axis=0) / size
         d = tl.where(mask, x - block_mean[None, :], 0.0)
+        # What the first sum has rounded away of a large mean.
+        shift = tl.sum(d, axis=0) / size
+        m2 += tl.sum(d * d, axis=0) - size * shift * shift
+        block_mean += shift
         delta = block_mean - mean
         share = size / (count + size)
         mean += delta * share
-        m2 += tl.sum(d * d, axis=0) + delta * delta * count * share
+        m2 += delta * delta * count * share
         count += size
     at = stats_ptr + tile * 3 * channels + c
     tl.store(at, tl.zeros((BC,), tl.float32) + count, mask=c < channels)
@@ -339,6 +345,7 @@ def bn_merge(
         *(stats, mean, var, invstd, len(stats) // groups, c, eps),
         BT=_MERGE_TILES,
         BC=_MERGE_CHANNELS,
+        num_warps=_MERGE_WARPS,
     )
 
 
@@ -394,6 +401,7 @@ def bn_act_backward(
         *(sums, totals, dweight, dbias, groups, tiles, c),
         BT=_MERGE_TILES,
         BC=_MERGE_CHANNELS,
+        num_warps=_MERGE_WARPS,
     )
     _bn_act_bwd_kernel[_grid(rows, c, groups, block)](
         *(dy, x, mean, invstd, weight, bias, totals, dx, rows, c, negative_slope),

@@ -28,8 +28,12 @@ def missing_reasons() -> list[str]:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _missing_reason() -> str:
+    return _find()
+
+
+@functools.cache
+def _find() -> str:
     try:
         importlib.import_module("triton")
     except ImportError as error:
