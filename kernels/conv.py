@@ -42,7 +42,7 @@ _ALIGNED = 16
 _MANY_ROWS = 32768
 # Tiles of wgrad are split until there are as many programs for each multiprocessor.
 _WAVES = 2
-_SUM_BLOCK = 4096
+_SUM_BLOCK = 2048
 # A 16-byte load of 16-bit numbers for each thread of four wide warps.
 _ACT_BLOCK = 2048
 
@@ -252,8 +252,9 @@ _FORWARD_SIZES = ("tiles_m", "tiles_n", "group_tiles", "group_rows", "slots", *_
 
 
 @triton.jit
-def _place(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The ``pid``-th tile: columns within groups of rows, so that L2 serves both operands."""
+def _place(tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile of this program: columns within groups of rows, so that L2 serves both operands."""
+    pid = tl.program_id(0)
     group = pid // (GROUP_M * tiles_n)
     first = group * GROUP_M
     rows = min(tiles_m - first, GROUP_M)
@@ -296,13 +297,9 @@ def _finish(
     if STATS_ROWS > 0:
         y = y.to(tl.float32)
         count = tl.sum(real.to(tl.float32), axis=0)
-        some = tl.maximum(count, 1.0)
-        mean = tl.sum(tl.where(real[:, None], y, 0.0), axis=0) / some
+        mean = tl.sum(tl.where(real[:, None], y, 0.0), axis=0) / tl.maximum(count, 1.0)
         d = tl.where(real[:, None], y - mean[None, :], 0.0)
-        # What the first sum has rounded away of a large mean.
-        shift = tl.sum(d, axis=0) / some
-        m2 = tl.sum(d * d, axis=0) - count * shift * shift
-        mean += shift
+        m2 = tl.sum(d * d, axis=0)
         none = tl.zeros_like(mean)
         for i in tl.static_range(BM // STATS_ROWS):
             here = column & (slot + i < slots)
@@ -348,7 +345,7 @@ def _conv_fprop_kernel(
 ):
     cl = cl // CL_MULTIPLE * CL_MULTIPLE
     ch = ch // CH_MULTIPLE * CH_MULTIPLE
-    pid_m, pid_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    pid_m, pid_n = _place(tiles_m, tiles_n, GROUP_M)
     group = pid_m // group_tiles
     in_group = (pid_m % group_tiles) * BM + tl.arange(0, BM)
     real = in_group < group_rows
@@ -465,10 +462,7 @@ def _conv_dgrad_kernel(
 ):
     cl = cl // CL_MULTIPLE * CL_MULTIPLE
     ch = ch // CH_MULTIPLE * CH_MULTIPLE
-    # The classes of a tile follow one another, since they read the same part of L.
-    CLASSES: tl.constexpr = 1 if THIN else STRIDE * STRIDE
-    class_ = tl.program_id(0) % CLASSES
-    pid_m, pid_n = _place(tl.program_id(0) // CLASSES, tiles_m, tiles_n, GROUP_M)
+    pid_m, pid_n = _place(tiles_m, tiles_n, GROUP_M)
     group = pid_m // group_tiles
     in_group = (pid_m % group_tiles) * BM + tl.arange(0, BM)
     # The pixels of a class, which lie a stride apart.
@@ -525,6 +519,7 @@ def _conv_dgrad_kernel(
         parts = STRIDE * STRIDE
     else:
         column = col < ch
+        class_ = tl.program_id(1)
         ry = class_ // STRIDE
         rx = class_ % STRIDE
         # The first pixel whose taps are ry, ry + STRIDE, …, and where on L the first of them reads.
@@ -649,7 +644,7 @@ def _conv_wgrad_kernel(
 ):
     cl = cl // CL_MULTIPLE * CL_MULTIPLE
     ch = ch // CH_MULTIPLE * CH_MULTIPLE
-    pid_m, pid_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    pid_m, pid_n = _place(tiles_m, tiles_n, GROUP_M)
     part = tl.program_id(1)
     a = pid_m * BM + tl.arange(0, BM)
     if THIN:
@@ -701,7 +696,9 @@ def _conv_wgrad_kernel(
 
 
 @triton.jit(do_not_specialize=("parts",))
-def _conv_wgrad_sum_kernel(parts_ptr, out_ptr, parts, size, BP: tl.constexpr, BLOCK: tl.constexpr):
+def _conv_wgrad_sum_kernel(
+    parts_ptr, out_ptr, parts, size, BP: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, parts, BP):
@@ -783,7 +780,7 @@ def conv_dgrad(
     group_tiles = triton.cdiv(group_rows, tile.m)
     columns, classes = (p.ch * p.classes, 1) if p.thin_dgrad else (p.ch, p.classes)
     tiles_m, tiles_n = p.groups * group_tiles, triton.cdiv(columns, tile.n)
-    _conv_dgrad_kernel[(tiles_m * tiles_n * classes,)](
+    _conv_dgrad_kernel[(tiles_m * tiles_n, classes)](
         *(low, weight, bias, high, stats, negative_slope),
         *(tiles_m, tiles_n, group_tiles, group_rows, p.stats_slots("dgrad")),
         *(p.h, p.w, p.cl, p.high_h, p.high_w, p.ch, p.ch // p.taps, p.taps),
