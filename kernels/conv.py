@@ -696,9 +696,7 @@ def _conv_wgrad_kernel(
 
 
 @triton.jit(do_not_specialize=("parts",))
-def _conv_wgrad_sum_kernel(
-    parts_ptr, out_ptr, parts, size, BP: tl.constexpr, BLOCK: tl.constexpr
-):
+def _conv_wgrad_sum_kernel(parts_ptr, out_ptr, parts, size, BP: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, parts, BP):

@@ -1,17 +1,19 @@
 """Which implementation runs an op, and what is said where it is not the one asked for."""
 
+import os
+import subprocess
 import sys
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.numerics import needs_kernels
+from support.numerics import DTYPES, TRITON_DEVICE, needs_kernels, needs_triton
 
 from fastgan import bn_act, gan_loss
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.ops import backend as backends
-from fastgan.ops import cpp
+from fastgan.ops import cpp, triton
 from fastgan.ops.backend import (
     requested_backend,
     resolve_backend,
@@ -37,10 +39,9 @@ def test_names():
         resolve_backend("cudnn")
     with pytest.raises(InputError, match="'cudnn'"):
         unsupported_reasons("conv", "cudnn")
-    for name in ("cuda", "triton"):
-        with pytest.raises(NotBuiltError, match=name):
-            resolve_backend(name)
-        assert unsupported_reasons("conv", name)
+    with pytest.raises(NotBuiltError, match="cuda"):
+        resolve_backend("cuda")
+    assert unsupported_reasons("conv", "cuda")
     assert unsupported_reasons("augment", "reference") == []
     assert unsupported_reasons("augment", "cpp")
 
@@ -100,6 +101,90 @@ def test_what_the_kernels_take(op):
         assert select_backend(op, tensor) == "reference"
         with use_backend("cpp"), pytest.raises(NotBuiltError, match=word):
             select_backend(op, fits, tensor)
+
+
+@needs_triton
+@pytest.mark.parametrize("op", triton.OPS)
+def test_what_the_triton_kernels_take(op):
+    fits = torch.zeros(2, 3, device=TRITON_DEVICE)
+    assert unsupported_reasons(op, "triton") == []
+    for dtype in DTYPES:
+        assert unsupported_reasons(op, "triton", fits.to(dtype), None) == []
+    refused = [("meta", fits.to("meta")), ("empty", fits[:0])]
+    if op != "augment":
+        # Which takes bytes, and counts images apart.
+        many = torch.zeros(1, device=TRITON_DEVICE).expand(2**31)
+        assert unsupported_reasons(op, "triton", many[1:]) == []
+        refused += [("float64", fits.double()), ("2147483647", many)]
+    if op == "conv":
+        refused.append(("float16 and float32", fits.half()))
+    for word, tensor in refused:
+        (reason,) = unsupported_reasons(op, "triton", fits, tensor)
+        assert word in reason
+        with use_backend("triton"), pytest.raises(NotBuiltError, match=word):
+            select_backend(op, fits, tensor)
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_tensor_on_the_cpu_is_refused_where_the_kernels_are_compiled():
+    (reason,) = unsupported_reasons("conv", "triton", torch.zeros(2))
+    assert "is on cpu" in reason
+
+
+@needs_triton
+def test_what_triton_does_not_take_is_said_by_the_ops():
+    x, weight = (t.to(TRITON_DEVICE) for t in operands())
+    with use_backend("triton"):
+        with pytest.raises(NotBuiltError, match=r"conv: .*not of one dtype"):
+            conv(x.half(), weight, **CONVOLUTION)
+        with pytest.raises(NotBuiltError, match=r"conv: .*meta"):
+            conv(x.to("meta"), weight.to("meta"), **CONVOLUTION)
+        with pytest.raises(NotBuiltError, match=r"bn_act: .*empty"):
+            bn_act(x[:0], training=False, running_mean=x[0, :, 0, 0], running_var=x[0, :, 0, 0])
+
+
+@needs_triton
+def test_the_interpreter_is_for_whoever_asks_for_it():
+    assert select_backend("augment", torch.zeros(2, 3)) == "reference"
+    with use_backend("triton"):
+        assert select_backend("augment", torch.zeros(2, 3, device=TRITON_DEVICE)) == "triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_without_a_gpu():
+    """And without triton's interpreter, which the tests have asked for."""
+    program = (
+        "from fastgan.ops.backend import machine_reasons, resolve_backend, unsupported_reasons\n"
+        "from fastgan.errors import NotBuiltError\n"
+        "(reason,) = machine_reasons('triton')\n"
+        "assert unsupported_reasons('conv', 'triton') == [reason]\n"
+        "try: resolve_backend('triton')\n"
+        "except NotBuiltError as error: print(error)\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "backend='triton': " in result.stdout and result.stdout.count("\n") == 1
+    if not triton.missing_reasons():
+        assert "torch sees no GPU; TRITON_INTERPRET=1" in result.stdout
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    triton._find.cache_clear()
+    try:
+        (reason,) = unsupported_reasons("conv", "triton")
+        assert "pip install triton" in reason
+        with pytest.raises(NotBuiltError, match="not installed"):
+            resolve_backend("triton")
+        x, weight = operands()
+        torch.testing.assert_close(
+            conv(x, weight, **CONVOLUTION), F.conv2d(x, weight, **CONVOLUTION)
+        )
+    finally:
+        triton._find.cache_clear()
 
 
 @needs_kernels

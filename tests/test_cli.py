@@ -1,5 +1,6 @@
 """The command line as a user meets it; bad input has a file of its own."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,8 @@ import pytest
 import torch
 from fastgan.benchmarks import example_dcgan as example
 from PIL import Image
-from support.numerics import needs_kernels
+from safetensors.torch import load_file
+from support.numerics import error, needs_kernels, needs_triton
 from support.runs import fastgan, run_small
 
 from fastgan import Engine, cli
@@ -21,8 +23,9 @@ from fastgan.cli import train as train_command
 from fastgan.data import sources
 from fastgan.errors import InputError
 from fastgan.machine import cache_folder
-from fastgan.ops import cpp, tuning
+from fastgan.ops import cpp, triton, tuning
 from fastgan.ops.backend import BACKENDS, unsupported_reasons
+from fastgan.train import loop
 
 
 @pytest.fixture
@@ -81,7 +84,8 @@ def test_doctor(capsys, monkeypatch):
     code, out, err = call(capsys, "doctor")
     assert (code, err) == (0, "")
     assert re.search(r"reference +yes", out)
-    assert re.search(r"triton +no: ", out)
+    assert re.search(r"triton +(yes|no: )", out)
+    assert re.search(r"cuda +no: ", out)
     assert torch.__version__.split("+")[0] in out
     assert f"cache: {cache_folder()}\n" in out
     monkeypatch.setenv("FASTGAN_BACKEND", "bogus")
@@ -89,6 +93,27 @@ def test_doctor(capsys, monkeypatch):
     assert (code, err) == (0, "") and re.search(r"auto +no: .*'bogus'", out)
     monkeypatch.setenv("FASTGAN_BACKEND", "reference")
     assert "reference, by FASTGAN_BACKEND" in call(capsys, "doctor")[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_doctor_without_a_gpu(monkeypatch):
+    """And without triton's interpreter, which the tests have asked for."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    result = fastgan("doctor")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(
+        r"triton +no: (triton is not installed|torch sees no GPU; TRITON)", result.stdout
+    )
+    assert "GPU: none that torch can use" in result.stdout
+    assert re.search(r"augment +yes +no +no +no\n", result.stdout)
+
+
+@needs_triton
+def test_doctor_on_the_triton_kernels(capsys):
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0 and re.search(r"triton +yes", out)
+    where = "interpreted on the CPU" if triton.interpreted() else "compiled when first used"
+    assert f"Triton kernels: {where}" in out
 
 
 @needs_kernels
@@ -122,7 +147,7 @@ def test_doctor_without_kernels(capsys, monkeypatch, reason, said):
     monkeypatch.setattr(cpp, "missing_reasons", missing)
     code, out, err = call(capsys, "doctor")
     assert (code, err) == (0, "") and said in out
-    assert re.search(r"conv +yes +no +no +no\n", out) and "C++ kernels: for" not in out
+    assert re.search(r"conv +yes +no +(yes|no) +no\n", out) and "C++ kernels: for" not in out
 
 
 def test_train_from_the_command_line_and_again(tmp_path, array_file, capsys, monkeypatch):
@@ -138,6 +163,35 @@ def test_train_from_the_command_line_and_again(tmp_path, array_file, capsys, mon
     assert code == 0 and "at step 5 of 10" in out
     code, _, err = call(capsys, "train", "--data", array_file, "--steps", 3)
     assert code == 2 and "--resume" in err
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the two differ by TF32")
+def test_the_triton_kernels_train_from_the_command_line(tmp_path, array_file, capsys, monkeypatch):
+    args = ("--data", array_file, "--batch-size", 4, "--ngf", 2, "--ndf", 2, "--nz", 4)
+    args += ("--ema", 0, "--steps", 2, "--log-every", 1)
+    monkeypatch.setattr(loop, "GRID", 4)
+    rows, weights = {}, {}
+    for backend in ("reference", "triton"):
+        out = tmp_path / backend
+        monkeypatch.setenv("FASTGAN_BACKEND", backend)
+        code, _, err = call(capsys, "train", *args, "--out", out)
+        assert (code, err) == (0, "")
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        rows[backend] = [json.loads(line) for line in lines]
+        weights[backend] = {
+            f"{name} {key}": value
+            for name in ("netG", "netD")
+            for key, value in load_file(
+                out / "checkpoints" / "step-000002" / f"{name}.safetensors"
+            ).items()
+        }
+    for want, got in zip(rows["reference"], rows["triton"], strict=True):
+        for name in ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g"):
+            assert got[name] == pytest.approx(want[name], rel=1e-4), name
+    assert weights["triton"].keys() == weights["reference"].keys()
+    for name, want in weights["reference"].items():
+        assert error(weights["triton"][name], want.double()) < 1e-5, name
 
 
 @pytest.mark.parametrize(

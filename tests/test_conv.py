@@ -3,24 +3,38 @@
 import functools
 import itertools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.convolutions import (
+    DIRECTIONS,
+    Sizes,
+    ids,
+    operands,
+    projection,
+    torchs,
+    truth,
+)
 from support.numerics import (
+    CPP,
+    DTYPES,
     LAYOUTS,
+    TRITON,
+    TRITON_DEVICE,
     WINOGRAD,
+    alike,
     away_from_kinks,
     compiled,
+    device_of,
     error,
     laid_out,
     leaves,
     limit,
     needs_kernels,
+    needs_triton,
 )
-from torch.nn.grad import conv2d_weight
 
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.ops import conv as ops
@@ -30,48 +44,18 @@ from fastgan.ops.backend import use_backend
 from fastgan.ops.conv import conv
 
 WINOGRADS = ("winograd4", "winograd3", "winograd2")
-DIRECTIONS = ("fprop", "dgrad", "wgrad")
 
 
-class Sizes(NamedTuple):
-    """A convolution by its low side; the high side of a 4x4 stride-2 one is 2h x 2w."""
-
-    n: int
-    cl: int
-    h: int
-    w: int
-    ch: int
-    kernel: tuple[int, int] = (4, 4)
-    stride: int = 2
-    padding: int = 1
-
-    @property
-    def low(self):
-        return self.n, self.cl, self.h, self.w
-
-    @property
-    def high(self):
-        sides = zip((self.h, self.w), self.kernel, strict=True)
-        return self.n, self.ch, *((s - 1) * self.stride - 2 * self.padding + k for s, k in sides)
-
-    @property
-    def weight(self):
-        return self.cl, self.ch, *self.kernel
-
-    def ways(self):
-        """All that can compute it, whether or not they would be chosen."""
-        if self.padding == 0:
-            return ("matmul", "torch")
-        return (*WINOGRADS, *(["thin"] if self.ch <= 4 else []), "torch")
-
-    def kernels(self, groups=0):
-        problem = ops._problem(self.low, self.high, self.weight, self.stride, self.padding, groups)
-        return ops._Cpp(problem)
+def ways(sizes):
+    """All that can compute it, whether or not they would be chosen."""
+    if sizes.padding == 0:
+        return ("matmul", "torch")
+    return (*WINOGRADS, *(["thin"] if sizes.ch <= 4 else []), "torch")
 
 
-def projection(n, cl, ch, kernel):
-    """The first layer of a generator, or the last of a discriminator."""
-    return Sizes(n, cl, 1, 1, ch, kernel, 1, 0)
+def kernels_of(sizes, groups=0):
+    step = sizes.stride, sizes.padding
+    return ops._Cpp(ops._problem(sizes.low, sizes.high, sizes.weight, *step, groups))
 
 
 SMALL = (
@@ -105,55 +89,23 @@ LARGE = (
 )
 
 
-def ids(sizes):
-    return f"n{sizes.n}-low{sizes.cl}x{sizes.h}x{sizes.w}-high{sizes.ch}"
-
-
 def cases(all_sizes):
     return [
         pytest.param(sizes, way, id=f"{ids(sizes)}-{way}")
         for sizes in all_sizes
-        for way in sizes.ways()
+        for way in ways(sizes)
     ]
 
 
-@functools.lru_cache(maxsize=1)
-def operands(sizes):
-    draw = torch.Generator().manual_seed(0)
-    return tuple(
-        laid_out(torch.randn(shape, generator=draw), "nhwc")
-        for shape in (sizes.low, sizes.high, sizes.weight)
-    )
-
-
-def torchs(direction, sizes, low, high, weight):
-    step = {"stride": sizes.stride, "padding": sizes.padding}
-    if direction == "fprop":
-        return F.conv2d(high, weight, **step)
-    if direction == "dgrad":
-        return F.conv_transpose2d(low, weight, **step)
-    return conv2d_weight(high, sizes.weight, low, **step)
-
-
-@functools.lru_cache(maxsize=3)
-def truth(direction, sizes):
-    """The result in float64, and torch's in float32."""
-    tensors = operands(sizes)
-    want = torchs(direction, sizes, *(x.double() for x in tensors))
-    return want, torchs(direction, sizes, *tensors)
-
-
 def run(way, direction, sizes, low, high, weight, epilogue=None, groups=0):
-    kernels = sizes.kernels(groups)
+    kernels = kernels_of(sizes, groups)
     if direction == "wgrad":
-        out = cpp.empty_images(*sizes.weight)
-        kernels.wgrad(way, low, high, out)
+        out = kernels.wgrad(way, low, high)
     else:
         transposed = direction == "dgrad"
         x = low if transposed else high
-        out = cpp.empty_images(*kernels.problem.output(transposed))
         epilogue = epilogue or ops._Epilogue()
-        kernels.forward(way, transposed, x, weight, out, epilogue)
+        out = kernels.forward(way, transposed, x, weight, epilogue)
     return out
 
 
@@ -217,7 +169,7 @@ def test_epilogue(nan_outputs, sizes, way, direction, activation):
     transposed = direction == "dgrad"
     channels = sizes.ch if transposed else sizes.cl
     bias = torch.randn(channels, generator=torch.Generator().manual_seed(1))
-    stats = cpp.empty(sizes.kernels(groups).stats_tiles(transposed), 3, channels)
+    stats = cpp.empty(kernels_of(sizes, groups).stats_tiles(transposed), 3, channels)
     epilogue = ops._Epilogue(bias, activation, 0.2, stats if len(stats) else None)
     got = run(way, direction, sizes, *tensors, epilogue, groups)
 
@@ -255,7 +207,7 @@ def test_statistics_of_a_large_mean_and_a_small_deviation(nan_outputs, way, dire
     transposed = direction == "dgrad"
     channels = sizes.ch if transposed else sizes.cl
     scale = 1e-2 / truth(direction, sizes)[0].std()
-    stats = cpp.empty(sizes.kernels(2).stats_tiles(transposed), 3, channels)
+    stats = cpp.empty(kernels_of(sizes, 2).stats_tiles(transposed), 3, channels)
     epilogue = ops._Epilogue(torch.full((channels,), 1e3), stats=stats)
     y = run(way, direction, sizes, low, high, weight * scale.float(), epilogue, 2)
     mean, var = merged(stats, 2)
@@ -310,7 +262,7 @@ def by_winograd(sizes):
     return sizes.kernel == (4, 4) and sizes.stride == 2 and sizes.ch > 4
 
 
-def check_op(sizes, transposed, activation, layout, backend):
+def check_op(sizes, transposed, activation, layout, backend, dtype=torch.float32):
     inner, outer = (sizes.low, sizes.high) if transposed else (sizes.high, sizes.low)
     draw = torch.Generator().manual_seed(2)
     x, weight, dy = (
@@ -321,23 +273,24 @@ def check_op(sizes, transposed, activation, layout, backend):
     terms = math.prod(sizes.kernel) * inner[1] / (sizes.stride**2 if transposed else 1)
     weight /= math.sqrt(terms)
     bias = torch.randn(outer[1], generator=draw)
+    x, weight, bias = (alike(t, dtype) for t in (x, weight, bias))
     step = {"stride": sizes.stride, "padding": sizes.padding, "transposed": transposed}
     z = conv(x.double(), weight.double(), bias.double(), **step)
-    dy = away_from_kinks(dy, z, activation)
+    dy = laid_out(away_from_kinks(dy, z, activation).to(dtype), layout)
 
-    def results(backend, dtype):
-        arguments = leaves(x, weight, bias, dtype=dtype)
+    def results(backend, dtype, device="cpu"):
+        arguments = leaves(x, weight, bias, dtype=dtype, device=device)
         with use_backend(backend):
             y = conv(*arguments, **step, activation=activation)
-            y.backward(dy.to(dtype))
-        return y.detach(), *(tensor.grad for tensor in arguments)
+            y.backward(alike(dy, dtype, device))
+        return [t.detach().cpu() for t in (y, *(tensor.grad for tensor in arguments))]
 
-    want, own = results("reference", torch.float64), results("reference", torch.float32)
-    got = results(backend, torch.float32)
+    want, own = results("reference", torch.float64), results("reference", dtype)
+    got = results(backend, dtype, device_of(backend))
     for name, g, w, o in zip(("y", "dx", "dweight", "dbias"), got, want, own, strict=True):
-        allowed = WINOGRAD if by_winograd(sizes) else limit(o, w)
-        assert g.dtype == torch.float32
-        assert error(g, w) <= allowed, name
+        winograd = by_winograd(sizes) and backend != "triton"
+        assert g.dtype == dtype
+        assert error(g, w) <= (WINOGRAD if winograd else limit(o, w)), name
 
 
 @needs_kernels
@@ -357,19 +310,90 @@ def test_op_with_each_activation(nan_outputs, sizes, transposed, activation):
     check_op(sizes, transposed, activation, "nhwc", "cpp")
 
 
+# A convolution; thin, by dot products, as a product; with a stride of 1.
+TRITON_SIZES = (
+    Sizes(3, 5, 3, 4, 20),
+    Sizes(1, 20, 3, 5, 3),
+    projection(5, 1, 20, (4, 4)),
+    projection(4, 20, 5, (2, 3)),
+    Sizes(2, 7, 5, 3, 6, (3, 3), 1, 1),
+)
+TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@TRANSPOSED
+@pytest.mark.parametrize("sizes", TRITON_SIZES, ids=ids)
+def test_triton_op(nan_outputs, honest_triton, fp32_precision, sizes, transposed, dtype):
+    check_op(sizes, transposed, "tanh", "nhwc", "triton", dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@TRANSPOSED
+@pytest.mark.parametrize("layout", ["nchw", "strided"])
+def test_triton_op_copies_other_layouts(
+    nan_outputs, honest_triton, fp32_precision, layout, transposed, dtype
+):
+    check_op(TRITON_SIZES[1], transposed, "tanh", layout, "triton", dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@TRANSPOSED
+def test_triton_op_with_each_activation(
+    nan_outputs, honest_triton, fp32_precision, transposed, activation
+):
+    check_op(TRITON_SIZES[1], transposed, activation, "nhwc", "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [Sizes(2, 5, 2, 3, 17, over=(1, 1)), Sizes(2, 5, 2, 2, 3, (2, 2), 3, 0, (2, 1))],
+    ids=ids,
+)
+def test_triton_op_where_the_stride_leaves_pixels_over(
+    nan_outputs, honest_triton, fp32_precision, sizes, dtype
+):
+    check_op(sizes, False, "tanh", "nhwc", "triton", dtype)
+
+
+def check_act_backward(activation, count, backend, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    x, dy = (3 * torch.randn(1, count, 1, 3, generator=draw).to(dtype) for _ in range(2))
+    x[0, 0, 0, 0] = 0.0
+    leaf = x.clone().requires_grad_()
+    y = ACTIVATIONS[activation](leaf, 0.2)
+    y.backward(dy)
+    # From y as it is: its rounding is another op's.
+    if activation == "tanh":
+        slope = 1 - y.detach().double().square()
+    else:
+        below = {"none": 1.0, "relu": 0.0, "leaky_relu": 0.2}[activation]
+        slope = torch.where(y > 0, 1.0, below).double()
+    device = device_of(backend)
+    got = ops.act_backward(dy.to(device), y.detach().to(device), activation, 0.2, backend).cpu()
+    want = dy.double() * slope
+    assert got.dtype == dtype
+    assert error(got, want) <= limit(leaf.grad, want)
+
+
 @needs_kernels
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("count", [1, 15, 16, 100])
 def test_act_backward(nan_outputs, activation, count):
-    draw = torch.Generator().manual_seed(0)
-    x, dy = (3 * torch.randn(1, count, 1, 3, generator=draw) for _ in range(2))
-    x[0, 0, 0, 0] = 0.0
-    leaf, leaf64 = x.clone().requires_grad_(), x.double().requires_grad_()
-    y = ACTIVATIONS[activation](leaf, 0.2)
-    y.backward(dy)
-    ACTIVATIONS[activation](leaf64, 0.2).backward(dy.double())
-    got = ops.act_backward(dy, y.detach(), activation, 0.2, "cpp")
-    assert error(got, leaf64.grad) <= limit(leaf.grad, leaf64.grad)
+    check_act_backward(activation, count, "cpp")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("count", [1, 1000])
+def test_triton_act_backward(nan_outputs, honest_triton, count, activation, dtype):
+    check_act_backward(activation, count, "triton", dtype)
 
 
 @needs_kernels
@@ -393,8 +417,7 @@ def test_activations_of_what_is_not_finite(nan_outputs, sizes, way, direction, a
     torch.testing.assert_close(dz, z.grad, equal_nan=True)
 
 
-@needs_kernels
-@pytest.mark.parametrize("backend", ["auto", "cpp"])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=needs_kernels), CPP, TRITON])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -410,10 +433,19 @@ def test_activations_of_what_is_not_finite(nan_outputs, sizes, way, direction, a
 )
 def test_what_does_not_fit_is_refused_as_torch_does(backend, arguments):
     usual = {"x": torch.zeros(2, 5, 8, 8), "weight": torch.zeros(6, 5, 4, 4), "bias": None}
+
+    def call(**arguments):
+        device = device_of(backend)
+        on_device = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in {**usual, "stride": 2, "padding": 1, **arguments}.items()
+        }
+        return conv(**on_device)
+
     with use_backend(backend):
-        conv(**usual, stride=2, padding=1)
+        call()
         with pytest.raises(RuntimeError):
-            conv(**{**usual, "stride": 2, "padding": 1, **arguments})
+            call(**arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -424,16 +456,17 @@ def test_an_unknown_activation_is_refused(backend):
 
 def reproducible(sizes, backend="cpp"):
     """All that one forward and backward pass in either direction writes."""
+    device = device_of(backend)
     results = []
     for transposed in (False, True):
         inner, outer = (sizes.low, sizes.high) if transposed else (sizes.high, sizes.low)
         draw = torch.Generator().manual_seed(3)
         x, weight, dy = (torch.randn(s, generator=draw) for s in (inner, sizes.weight, outer))
-        x, weight, bias = leaves(x, weight, torch.ones(outer[1]))
+        x, weight, bias = leaves(x, weight, torch.ones(outer[1]), device=device)
         step = {"stride": sizes.stride, "padding": sizes.padding}
         with use_backend(backend):
             y = conv(x, weight, bias, **step, transposed=transposed, activation="leaky_relu")
-            y.backward(dy)
+            y.backward(dy.to(device))
         results += [y.detach(), x.grad, weight.grad, bias.grad]
     return results
 
@@ -456,6 +489,14 @@ def test_twenty_repeats_agree_bit_for_bit(threads, sizes, count):
         assert all(map(torch.equal, reproducible(sizes), first))
 
 
+@needs_triton
+@pytest.mark.parametrize("sizes", TRITON_SIZES[1:3], ids=ids)
+def test_triton_repeats_agree_bit_for_bit(sizes):
+    first = reproducible(sizes, "triton")
+    for _ in range(1 if TRITON_DEVICE == "cpu" else 19):
+        assert all(map(torch.equal, reproducible(sizes, "triton"), first))
+
+
 @needs_kernels
 @pytest.mark.parametrize("sizes", REPEATED, ids=ids)
 def test_thread_counts_agree_to_rounding(threads, sizes):
@@ -467,36 +508,60 @@ def test_thread_counts_agree_to_rounding(threads, sizes):
             assert error(g, w.double()) <= WINOGRAD
 
 
+def opcheck_forward(sizes, transposed, activation, groups, backend):
+    device = device_of(backend)
+    x, weight = (
+        torch.randn(shape, device=device, requires_grad=True)
+        for shape in (sizes.low if transposed else sizes.high, sizes.weight)
+    )
+    channels = sizes.ch if transposed else sizes.cl
+    bias = torch.randn(channels, device=device, requires_grad=True)
+    step = sizes.stride, sizes.padding
+    rest = sizes.over if transposed else (0, 0)
+    torch.library.opcheck(
+        ops.conv_forward,
+        (x, weight, bias, *step, transposed, activation, 0.2, groups, backend, *rest),
+    )
+
+
+def opcheck_gradients(sizes, backend):
+    low, high = (torch.randn(shape, device=device_of(backend)) for shape in (sizes.low, sizes.high))
+    step = sizes.stride, sizes.padding
+    torch.library.opcheck(ops.conv_wgrad, (low, high, list(sizes.kernel), *step, backend))
+    torch.library.opcheck(ops.act_backward, (low, low.tanh(), "tanh", 0.0, backend))
+
+
 @needs_kernels
 @pytest.mark.parametrize("sizes", ONE_OF_EACH, ids=ids)
-@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@TRANSPOSED
 @pytest.mark.parametrize("activation", ["none", "tanh"])
 @pytest.mark.parametrize("groups", [0, 1])
 def test_opcheck_of_the_forward(sizes, transposed, activation, groups):
-    x, weight = (
-        torch.randn(shape, requires_grad=True)
-        for shape in (sizes.low if transposed else sizes.high, sizes.weight)
-    )
-    bias = torch.randn(sizes.ch if transposed else sizes.cl, requires_grad=True)
-    step = sizes.stride, sizes.padding
-    torch.library.opcheck(
-        ops.conv_forward, (x, weight, bias, *step, transposed, activation, 0.2, groups, "cpp")
-    )
+    opcheck_forward(sizes, transposed, activation, groups, "cpp")
 
 
 @needs_kernels
 @pytest.mark.parametrize("sizes", ONE_OF_EACH, ids=ids)
 def test_opcheck_of_the_gradients(sizes):
-    low, high = torch.randn(sizes.low), torch.randn(sizes.high)
-    step = sizes.stride, sizes.padding
-    torch.library.opcheck(ops.conv_wgrad, (low, high, list(sizes.kernel), *step, "cpp"))
-    torch.library.opcheck(ops.act_backward, (low, low.tanh(), "tanh", 0.0, "cpp"))
+    opcheck_gradients(sizes, "cpp")
 
 
-@needs_kernels
-@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@needs_triton
+@TRANSPOSED
+@pytest.mark.parametrize(("activation", "groups"), [("none", 2), ("tanh", 0)])
+def test_opcheck_of_the_triton_forward(transposed, activation, groups):
+    opcheck_forward(Sizes(2, 5, 2, 3, 6, over=(1, 0)), transposed, activation, groups, "triton")
+
+
+@needs_triton
+def test_opcheck_of_the_triton_gradients():
+    opcheck_gradients(Sizes(2, 5, 2, 3, 6, over=(1, 0)), "triton")
+
+
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+@TRANSPOSED
 @pytest.mark.parametrize("activation", ["none", "tanh"])
-def test_a_double_backward_raises_or_is_right(transposed, activation):
+def test_a_double_backward_raises_or_is_right(backend, transposed, activation):
     """Where a gradient of a gradient comes back, it is the reference's."""
     sizes = Sizes(2, 3, 4, 4, 6)
     low, high, weight = operands(sizes)
@@ -504,7 +569,7 @@ def test_a_double_backward_raises_or_is_right(transposed, activation):
     call = functools.partial(conv, stride=2, padding=1, transposed=transposed)
 
     def second(backend, of):
-        inputs = leaves(x, 0.1 * weight)
+        inputs = leaves(x, 0.1 * weight, device=device_of(backend))
         with use_backend(backend):
             y = call(*inputs, activation=activation)
             first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
@@ -512,19 +577,32 @@ def test_a_double_backward_raises_or_is_right(transposed, activation):
 
     for of in (0, 1):
         try:
-            got = second("cpp", of)
+            got = second(backend, of)
         except RuntimeError as refusal:
             assert "no autograd formula was registered" in str(refusal)
         else:
             for g, w in zip(got, second("reference", of), strict=True):
-                assert error(g, w.double()) <= 1e-5
+                assert error(g.cpu(), w.double()) <= 1e-5
 
 
-@needs_kernels
-@pytest.mark.parametrize("backend", ["cpp", "auto", "reference"])
-@pytest.mark.parametrize("sizes", ONE_OF_EACH, ids=ids)
+@pytest.mark.parametrize(
+    ("backend", "sizes"),
+    [
+        *(
+            pytest.param(*case, marks=needs_kernels)
+            for case in itertools.product(["cpp", "auto", "reference"], ONE_OF_EACH)
+        ),
+        *(
+            pytest.param("triton", sizes, marks=needs_triton)
+            for sizes in (Sizes(2, 5, 2, 3, 18), projection(3, 5, 7, (4, 4)))
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ids(value),
+)
 def test_compiled_whole(backend, sizes):
-    x, weight = torch.randn(sizes.high, requires_grad=True), torch.randn(sizes.weight)
+    device = device_of(backend)
+    x = torch.randn(sizes.high, device=device, requires_grad=True)
+    weight = torch.randn(sizes.weight, device=device)
     call = functools.partial(conv, stride=sizes.stride, padding=sizes.padding)
 
     def there_and_back(x, weight):

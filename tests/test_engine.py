@@ -272,7 +272,7 @@ def test_the_range_is_looked_at_in_the_first_batch_even_after_a_g_step():
         ({"precision": "bf16"}, NotBuiltError, "precision='bf16'"),
         ({"capture": True}, NotBuiltError, "capture=True"),
         ({"capture": "yes"}, InputError, "capture='yes'"),
-        ({"backend": "triton"}, NotBuiltError, "backend='triton'"),
+        ({"backend": "cuda"}, NotBuiltError, "backend='cuda'"),
         ({"d_output": "sigmoid"}, InputError, "d_output='sigmoid'"),
         ({"fuse_passes": 1}, InputError, "fuse_passes=1"),
         ({"n_d": 0}, InputError, "n_d=0"),

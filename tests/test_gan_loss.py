@@ -3,13 +3,25 @@
 import numpy as np
 import pytest
 import torch
-from support.numerics import compiled, error, limit, needs_kernels
+from support.numerics import (
+    CPP,
+    DTYPES,
+    TRITON,
+    alike,
+    compiled,
+    device_of,
+    error,
+    limit,
+    needs_kernels,
+    needs_triton,
+)
+from support.planted_faults import NUMBERS, OUTSIDE, RACE, Fault, faults, planted
 
 from fastgan import bce_loss, gan_loss
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.ops import cpp
 from fastgan.ops.backend import use_backend
-from fastgan.ops.gan_loss import gan_loss_forward
+from fastgan.ops.gan_loss import gan_loss_backward, gan_loss_forward
 
 TARGETS = ((1.0,), (1.0, 0.0), (0.9, 0.0, 0.3))
 
@@ -32,21 +44,23 @@ def test_gradients_of_the_reference():
 
 
 def results(backend, dtype, logits, targets, weights):
-    leaf = logits.detach().to(dtype, copy=True).requires_grad_()
+    device = device_of(backend)
+    leaf = alike(logits, dtype, device).requires_grad_()
     with use_backend(backend):
         loss, d = gan_loss(leaf, targets)
     assert not d.requires_grad
-    (loss * weights.to(dtype)).sum().backward()
-    return loss.detach(), d, leaf.grad
+    (loss * weights.to(device, dtype)).sum().backward()
+    return loss.detach().cpu(), d.cpu(), leaf.grad.cpu()
 
 
-def check(logits, targets):
+def check(logits, targets, backend="cpp", dtype=torch.float32):
     weights = torch.arange(1.0, 1.0 + len(targets))
+    logits = alike(logits, dtype)
     want = results("reference", torch.float64, logits, targets, weights)
-    own = results("reference", torch.float32, logits, targets, weights)
-    got = results("cpp", torch.float32, logits, targets, weights)
+    own = results("reference", dtype, logits, targets, weights)
+    got = results(backend, dtype, logits, targets, weights)
     for name, g, w, o in zip(("loss", "d", "dlogits"), got, want, own, strict=True):
-        assert g.dtype == torch.float32
+        assert g.dtype == dtype
         assert error(g, w) <= limit(o, w), name
 
 
@@ -62,6 +76,37 @@ def test_kernel(nan_outputs, targets, n, rest):
     check(logits_of((n * len(targets), *rest)), targets)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("rest", [(), (1, 3, 5), (21, 64)], ids=str)
+def test_triton(nan_outputs, honest_triton, targets, n, rest, dtype):
+    check(logits_of((n * len(targets), *rest)), targets, "triton", dtype)
+
+
+@planted
+@faults(
+    Fault("_bce_fwd_kernel", "mask=mask, other=0.0", "", "", OUTSIDE),
+    Fault("_bce_fwd_kernel", "element_ty), mask=mask", "element_ty)", "", OUTSIDE),
+    Fault("_bce_fwd_kernel", "tl.where(mask, one, 0.0)", "one", "", NUMBERS),
+    Fault("_bce_fwd_kernel", "tl.where(mask, sigmoid, 0.0)", "sigmoid", "", NUMBERS),
+    Fault("_bce_fwd_kernel", "i + tl.arange", "i + 1 + tl.arange", "", NUMBERS),
+    Fault("_bce_fwd_kernel", "range(0, size, BLOCK)", "range(0, size - BLOCK, BLOCK)", "", NUMBERS),
+    Fault("_bce_fwd_kernel", "range(len(targets))", "range(len(targets) - 1)", "", NUMBERS),
+    Fault("_bce_fwd_kernel", "loss_ptr + group", "loss_ptr", "", RACE),
+    Fault("_log1p", "tl.where(u == 1.0, x, ", "tl.where(u == 1.0, 0.0, ", "small", NUMBERS),
+)
+def test_a_planted_fault_is_found(monkeypatch, tmp_path, nan_outputs, honest_triton, fault):
+    """Which :func:`check` passes without it is tested above."""
+    fault.plant(monkeypatch, "gan_loss", tmp_path)
+    with pytest.raises(AssertionError, match=fault.found):
+        if fault.check == "small":
+            check_small_loss()
+        else:
+            check(logits_of((2, 150)), (1.0, 0.3), "triton")
+
+
 @needs_kernels
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
@@ -72,16 +117,31 @@ def test_each_instruction_set(nan_outputs, use_isa, isa, targets):
     check(logits_of((6, 1, 3, 5)), targets)
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", [CPP, TRITON])
 @pytest.mark.parametrize("deviation", [1e-4, 30.0])
-def test_small_and_large_logits(nan_outputs, deviation):
-    check(logits_of((128, 1), deviation), (1.0, 0.0))
+def test_small_and_large_logits(nan_outputs, honest_triton, deviation, backend):
+    check(logits_of((128, 1), deviation), (1.0, 0.0), backend)
 
 
-@needs_kernels
-def test_other_layouts(nan_outputs):
-    check(logits_of((6, 3, 4, 5)).to(memory_format=torch.channels_last), (1.0, 0.0))
-    check(logits_of((12, 4))[::2, 1:], (1.0, 0.0, 0.5))
+def check_small_loss():
+    for logit in (17.0, 20.0, 40.0, 80.0):
+        loss, want = (
+            results(backend, dtype, torch.tensor([logit]), (1.0,), torch.ones(1))[0]
+            for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+        )
+        assert error(loss, want) <= 1e-6
+
+
+@needs_triton
+def test_a_loss_next_to_nothing_keeps_its_digits(nan_outputs, honest_triton):
+    """log(1 + x) of an x below the rounding of 1."""
+    check_small_loss()
+
+
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_other_layouts(nan_outputs, honest_triton, backend):
+    check(logits_of((6, 3, 4, 5)).to(memory_format=torch.channels_last), (1.0, 0.0), backend)
+    check(logits_of((12, 4))[::2, 1:], (1.0, 0.0, 0.5), backend)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +150,12 @@ def test_other_layouts(nan_outputs):
         ("reference", torch.float64),
         ("reference", torch.float32),
         pytest.param("cpp", torch.float32, marks=needs_kernels),
+        pytest.param("triton", torch.float32, marks=needs_triton),
     ],
 )
 def test_stable_where_the_definition_overflows(backend, dtype):
-    logits = torch.tensor([800.0, -800.0], dtype=dtype, requires_grad=True)
+    logits = torch.tensor([800.0, -800.0], dtype=dtype, device=device_of(backend))
+    logits.requires_grad_()
     with use_backend(backend):
         loss, d = bce_loss(logits, (0.0, 1.0))
     loss.sum().backward()
@@ -102,15 +164,15 @@ def test_stable_where_the_definition_overflows(backend, dtype):
     assert logits.grad.tolist() == [1.0, -1.0]
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", [CPP, TRITON])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
-def test_what_is_not_finite(nan_outputs, value, target):
+def test_what_is_not_finite(nan_outputs, honest_triton, value, target, backend):
     logits = logits_of((6,))
     logits[1] = value
     weights = torch.ones(2)
     want = results("reference", torch.float32, logits, (target, 0.0), weights)
-    got = results("cpp", torch.float32, logits, (target, 0.0), weights)
+    got = results(backend, torch.float32, logits, (target, 0.0), weights)
     for g, w in zip(got, want, strict=True):
         assert not g[~w.isfinite()].isfinite().any()
         torch.testing.assert_close(g[w.isfinite()], w[w.isfinite()])
@@ -127,36 +189,38 @@ def test_says_what_is_not_built():
         gan_loss(torch.zeros(3), (1.0,), kind="hinge")
 
 
-@needs_kernels
-def test_opcheck():
-    logits = torch.randn(6, 1, 2, 3, requires_grad=True)
-    torch.library.opcheck(gan_loss_forward, (logits, [1.0, 0.0], "cpp"))
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_opcheck(backend):
+    logits = torch.randn(6, 1, 2, 3, device=device_of(backend), requires_grad=True)
+    torch.library.opcheck(gan_loss_forward, (logits, [1.0, 0.0], backend))
+    dloss = torch.randn(2, device=device_of(backend))
+    torch.library.opcheck(gan_loss_backward, (dloss, torch.randn_like(logits).detach()))
 
 
-@needs_kernels
-def test_a_double_backward_raises():
-    logits = torch.randn(6, requires_grad=True)
-    with use_backend("cpp"):
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_a_double_backward_raises(backend):
+    logits = torch.randn(6, device=device_of(backend), requires_grad=True)
+    with use_backend(backend):
         loss, _ = gan_loss(logits, (1.0, 0.0))
     (dlogits,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError):
         dlogits.square().sum().backward()
 
 
-@needs_kernels
-def test_compiled_whole():
-    logits = logits_of((6, 2))
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_compiled_whole(backend):
+    logits = logits_of((6, 2)).to(device_of(backend))
     found = []
     for call in (gan_loss, compiled(gan_loss)):
         leaf = logits.clone().requires_grad_()
-        with use_backend("cpp"):
+        with use_backend(backend):
             loss, d = call(leaf, (1.0, 0.0))
         loss.sum().backward()
         found.append((loss.detach(), d, leaf.grad))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@needs_kernels
-def test_float64_is_refused_by_a_named_backend():
-    with use_backend("cpp"), pytest.raises(NotBuiltError, match="float64"):
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_float64_is_refused_by_a_named_backend(backend):
+    with use_backend(backend), pytest.raises(NotBuiltError, match="float64"):
         gan_loss(torch.zeros(4, dtype=torch.float64), (1.0,))

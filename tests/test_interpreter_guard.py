@@ -263,6 +263,25 @@ def test_elements_of_other_sizes(dtype):
 
 
 @triton.jit
+def flagged_kernel(x, y, size, limit, programs, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (i >= limit) & (i < size) & (tl.program_id(0) < programs)
+    tl.store(y + i, tl.load(x + i, mask=mask, other=0.0), mask=mask)
+
+
+def test_a_mask_that_a_single_flag_has_part_in():
+    """The interpreter makes numbers of it, which are no indices of lanes."""
+    x, y = torch.randn(100), torch.zeros(100)
+    flagged_kernel[(9,)](x, y, 100, 3, 4, 32)
+    assert torch.equal(y[3:], x[3:])
+    assert not y[:3].any()
+    with caught("out-of-bounds load: 1 of 5 lanes"):
+        flagged_kernel[(9,)](x, y, 101, 3, 4, 32)
+    with caught(r"program \(3, 0, 0\): out-of-bounds load: 28 of 32 lanes"):
+        flagged_kernel[(9,)](x, y, 140, 3, 5, 32)
+
+
+@triton.jit
 def strided_kernel(x, y, rows, columns, x_row, x_column, BLOCK: tl.constexpr):
     r, c = tl.program_id(0), tl.arange(0, BLOCK)
     mask = c < columns

@@ -1,4 +1,4 @@
-"""The engine against a transcription of the example's loop, in float64; cpp against reference."""
+"""The engine against a transcription of the example's loop, in float64; backends among them."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastgan.benchmarks import example_dcgan as example
 from support import training_parity
+from support.numerics import TRITON_DEVICE, error, needs_triton
 
 from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, load_images
 
@@ -95,3 +96,35 @@ def test_cpp_trains_as_the_reference_does():
     digits = load_images("digits", image_size=64)
     found = training_parity.measure(digits, size=64, channels=8, batch=8, steps=200)
     assert found.within, found
+
+
+@needs_triton
+@pytest.mark.parametrize("fuse_passes", [False, "auto"])
+@pytest.mark.parametrize(("channels", "nc"), [(4, 1), (8, 3)])
+def test_triton_steps_as_the_reference_does(
+    nan_outputs, honest_triton, fp32_precision, channels, nc, fuse_passes
+):
+    """Two steps in float32 against the reference's in float64: a few roundings each."""
+    start = DCGANGenerator(6, channels, nc, 16), DCGANDiscriminator(channels, nc, 16)
+    batches = [(torch.rand(3, nc, 16, 16) * 2 - 1, torch.randn(3, 6, 1, 1)) for _ in range(2)]
+
+    def run(backend, dtype, device):
+        networks = [copy.deepcopy(network).to(device, dtype) for network in start]
+        engine = Engine(*networks, backend=backend, fuse_passes=fuse_passes, device=device)
+        numbers = [
+            engine.step(real.to(device, dtype), noise=z.to(device, dtype)) for real, z in batches
+        ]
+        found = {f"{name} {i}": value for i, s in enumerate(numbers) for name, value in vars_of(s)}
+        for network in networks:
+            found |= {f"{type(network).__name__} {k}": v for k, v in network.state_dict().items()}
+        return {name: torch.as_tensor(value).cpu() for name, value in found.items()}
+
+    want = run("reference", torch.float64, "cpu")
+    got = run("triton", torch.float32, TRITON_DEVICE)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert error(got[name], value.double()) < 2e-6, name
+
+
+def vars_of(numbers):
+    return zip(numbers._fields, numbers, strict=True)

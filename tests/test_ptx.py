@@ -1,20 +1,14 @@
 """The executor of PTX: what Triton emits computes what torch computes, and faults are caught."""
 
 import importlib.util
-import json
 import math
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from support.ptx import Kernel
 from support.ptx_memory import PtxError, Region
-
-ORDERS = ("ascending", "descending")
+from support.ptx_runs import ORDERS, outcomes
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or sys.platform != "linux",
@@ -43,19 +37,7 @@ OTHERS = [
 def results(tmp_path_factory):
     """Of all cases, which two processes that do not interpret run."""
     names = [*MATMULS, *FLOAT32_MATMULS, *FAULTS, *ELEMENTWISE, *SOFTMAXES, *OTHERS]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(Path(__file__).parent)
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    def run(part):
-        command = [sys.executable, "-m", "support.ptx_cases", *part]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    with ThreadPoolExecutor(2) as pool:
-        parts = pool.map(run, (names[::2], names[1::2]))
-        return dict(result for part in parts for result in part)
+    return outcomes("support.ptx_cases", names, tmp_path_factory.mktemp("triton"))
 
 
 @needs_triton

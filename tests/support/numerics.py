@@ -18,14 +18,24 @@ needs_triton = pytest.mark.skipif(
 )
 # Where the Triton kernels are tested: on a GPU where there is one, else interpreted.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CPP = pytest.param("cpp", marks=needs_kernels)
+TRITON = pytest.param("triton", marks=needs_triton)
 
 EPS = torch.finfo(torch.float32).eps
 WINOGRAD = 4e-6
 TIMES_TORCH = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where torch's own error is next to nothing, as much as two roundings.
-FLOOR = 2 * EPS
+FLOOR = {dtype: 2 * torch.finfo(dtype).eps for dtype in DTYPES}
+# Of TF32, whose operands lose what follows 10 bits of their mantissas: up to 2^-10 of each.
+TF32 = 2**-9
 
 LAYOUTS = ("nchw", "nhwc", "strided")
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a test of ``backend`` are."""
+    return TRITON_DEVICE if backend == "triton" else "cpu"
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -35,9 +45,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return float(difference / want.norm()) if difference else 0.0
 
 
-def limit(torchs_own: Tensor, want: Tensor) -> float:
-    """What an op may have where torch's float32 result is ``torchs_own``."""
-    return max(TIMES_TORCH * error(torchs_own, want), FLOOR)
+def limit(torchs_own: Tensor, want: Tensor, floors: int = 1) -> float:
+    """What an op may have where torch's result in the same dtype is ``torchs_own``."""
+    return max(TIMES_TORCH * error(torchs_own, want), floors * FLOOR[torchs_own.dtype])
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -52,11 +62,18 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return view.copy_(x)
 
 
-def leaves(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+def alike(x: Tensor, dtype: torch.dtype, device: str = "cpu", *, margin: int = 0) -> Tensor:
+    """A copy of ``x`` with the very strides it has, and NaN in memory between and around it."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.full((span + 2 * margin,), torch.nan, dtype=dtype, device=device)
+    return memory.as_strided(x.shape, x.stride(), margin).copy_(x.detach())
+
+
+def leaves(
+    *tensors: Tensor | None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Tensor | None]:
     """Copies that gather gradients, laid out as they were."""
-    return [
-        None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for x in tensors
-    ]
+    return [None if x is None else alike(x, dtype, device).requires_grad_() for x in tensors]
 
 
 def away_from_kinks(dy: Tensor, z: Tensor, activation: str) -> Tensor:

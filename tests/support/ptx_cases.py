@@ -6,20 +6,14 @@ that does not interpret them (``TRITON_INTERPRET``).
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
+from support.numerics import error
 from support.ptx_driver import Launch, running_ptx
-from torch import Tensor
-
-ORDERS = ("ascending", "descending")
-
-Edit = Callable[[str], str]
+from support.ptx_runs import ORDERS, Edit, count, serve, without
 
 
 @triton.jit
@@ -95,10 +89,6 @@ def tuned_kernel(x, out, n, BLOCK: tl.constexpr):
     tl.store(out + i, 2.0 * tl.load(x + i, mask=i < n), mask=i < n)
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
 def elementwise(order: str, n: int = 1000) -> dict[str, object]:
     x, y = torch.randint(0, 256, (n,), dtype=torch.uint8), torch.randn(n)
     # Beyond the last element nothing may be written.
@@ -159,37 +149,18 @@ def opcodes(launches: list[Launch]) -> dict[str, object]:
     (launch,) = launches
     names = ("bar.sync", "cp.async.cg", "cp.async.wait_group", "ldmatrix", "mma", "shfl")
     return {
-        "opcodes": {name: len(re.findall(rf"\b{name}\b", launch.ptx)) for name in names},
+        "opcodes": {name: count(name, launch.ptx) for name in names},
         "warps": launch.warps,
         "instructions": launch.instructions,
     }
 
 
-def without(opcode: str, which: slice) -> Edit:
-    """Deletes some instructions of a name from a text."""
-
-    def edit(ptx: str) -> str:
-        found = list(re.finditer(rf"^\s*{opcode}\b[^;]*;", ptx, re.M))[which]
-        for match in reversed(found):
-            ptx = ptx[: match.start()] + ptx[match.end() :]
-        return ptx
-
-    return edit
-
-
 def each_removed(opcode: str, run: Callable[[str, Edit | None], dict]) -> dict[str, object]:
     """The errors without such an instruction, in both orders: without each, and without all."""
-    count = run("ascending", None)["opcodes"][opcode]
-    chosen = [*(slice(i, i + 1) for i in range(count)), slice(None)]
+    found = run("ascending", None)["opcodes"][opcode]
+    chosen = [*(slice(i, i + 1) for i in range(found)), slice(None)]
     errors = [[run(order, without(opcode, some))["error"] for order in ORDERS] for some in chosen]
     return {"each": errors[:-1], "all": errors[-1]}
-
-
-def attempt(run: Callable[[], dict[str, object]]) -> dict[str, object]:
-    try:
-        return run()
-    except Exception as error:
-        return {"raised": f"{type(error).__name__}: {error}"}
 
 
 def out_of_bounds(size: int) -> dict[str, object]:
@@ -260,8 +231,4 @@ def cases() -> Iterator[tuple[str, Callable[[], dict[str, object]]]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    known = dict(cases())
-    for name in sys.argv[1:]:
-        torch.manual_seed(0)
-        print(json.dumps([name, attempt(known[name])]), flush=True)
+    serve(dict(cases()))
