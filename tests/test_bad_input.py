@@ -266,7 +266,7 @@ FLAGS = [
     (("train", "--data", "x" * 300), "File name too long"),
     (("train", "--out", "x" * 300), "File name too long"),
     (("sample", "run", "--each", "each"), "--each 'each' holds images already"),
-    (("train", "--backend", "triton"), "backend='triton'"),
+    (("train", "--backend", "cuda"), "backend='cuda'"),
     (("train", "--backend", "cudnn"), "'cudnn'.*'--backend'"),
     (("train", "--data", ""), "--data"),
     (("train", "--no-such-flag"), "--no-such-flag"),
