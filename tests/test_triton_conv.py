@@ -214,7 +214,11 @@ def test_parts_are_added_up(parts):
     check_sums(parts)
 
 
-EPILOGUES = (*FEW[:2], *FEW[3:], Sizes(2, 5, 2, 3, 17, (2, 2), 3, 0, (1, 2)))
+EPILOGUES = (
+    *(*FEW[:2], *FEW[3:]),
+    Sizes(2, 5, 2, 3, 17, (2, 2), 3, 0, (1, 2)),
+    projection(3, 4, 3, (4, 4)),  # dot products with a bias for each
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
