@@ -202,7 +202,7 @@ def _why(chosen: str | None, candidates: Sequence[str], figures: dict[str, Figur
 
 def header() -> str:
     titles = ("layer", "direction", *COLUMNS.values(), "chosen", "why")
-    return "\n".join((_row(titles), _row(["---"] * len(titles))))
+    return "\n".join(report.markdown_table(titles, ()))
 
 
 def row(entry: dict[str, Any], cell: Callable[[dict[str, Any], float], str]) -> str:
@@ -219,7 +219,9 @@ def row(entry: dict[str, Any], cell: Callable[[dict[str, Any], float], str]) -> 
         considered = way in TORCH or way in entry["candidates"]
         cells.append(text if considered or not text else f"({text})")
     layer = f"{entry['cl']}->{entry['ch']}@{entry['side']}, batch {entry['n']}"
-    return _row((layer, entry["direction"], *cells, entry["chosen"] or "", entry["why"]))
+    return report.markdown_row(
+        (layer, entry["direction"], *cells, entry["chosen"] or "", entry["why"])
+    )
 
 
 def speed_cell(found: dict[str, Any], gflop: float) -> str:
@@ -228,10 +230,6 @@ def speed_cell(found: dict[str, Any], gflop: float) -> str:
 
 def memory_cell(found: dict[str, Any], gflop: float) -> str:
     return "" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 2**20:.1f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -140,7 +140,7 @@ class Launch:
     """One launch: of what, on which grid, with which tensors.
 
     Attributes:
-        tensors: of each tensor argument the shape, the size of an element, and where it lies.
+        tensors: of each tensor argument the shape and the size of an element.
         numbers: the other arguments that are not constant.
     """
 

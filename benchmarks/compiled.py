@@ -34,6 +34,7 @@ from fastgan.benchmarks.compile_driver import (
     occupancy,
 )
 from fastgan.benchmarks.compiled_launches import Use
+from fastgan.benchmarks.report import markdown_row
 from fastgan.kernels import common
 from tqdm import tqdm
 
@@ -298,7 +299,7 @@ def _row(target: Target, use: Use, compiled: Compiled) -> str:
         f"{use.flop / 1e9:.1f}" if use.flop else "",
         f"{microseconds:.1f} µs",
     )
-    return f"| {' | '.join(cells)} |"
+    return markdown_row(cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

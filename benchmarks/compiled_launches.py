@@ -6,13 +6,12 @@ itself calls them, with every configuration that there is to choose from.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+from fastgan.benchmarks import machine
 from fastgan.benchmarks.compile_driver import Launch, Target, recorded
 from fastgan.benchmarks.plan import NZ
 from fastgan.kernels import augment, bn_act, common, conv, gan_loss
@@ -106,7 +105,7 @@ def uses(target: Target) -> Iterator[Use]:
         for size, nc in NETWORKS:
             for dtype, precision in itertools.product(_DTYPES, _PRECISIONS):
                 if precision == _PRECISIONS[0] or dtype == torch.float32:
-                    with _fp32_precision(precision):
+                    with machine.fp32_precision(precision):
                         yield from _Network(size, nc, dtype, launches).uses()
 
 
@@ -277,17 +276,6 @@ def _problem(layer: _Layer, batch: _Batch) -> conv.Problem:
     return conv.Problem.of(
         low, high, kernel, layer.stride, layer.padding, batch.groups, batch.dtype
     )
-
-
-@contextlib.contextmanager
-def _fp32_precision(precision: str) -> Iterator[None]:
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision
-    cudnn.conv.fp32_precision = precision
-    try:
-        yield
-    finally:
-        cudnn.conv.fp32_precision = before
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -117,9 +117,9 @@ def kernels(job: Job, save: Save) -> bool:
 
 def _one_step(cell: Cell, precision: str, tile: int, device: torch.device) -> list[float]:
     """The five numbers of one step by the kernels, every convolution by the tile so numbered."""
-    dtype, _ = PRECISIONS[precision]
+    dtype, multiplied = PRECISIONS[precision]
     netG, netD, batches = bench_engine.inputs(cell, 0)
-    with fp32_precision(precision), _tile(tile):
+    with machine.fp32_precision(multiplied), _tile(tile):
         nets = (net.to(device, dtype) for net in (netG, netD))
         trainer = bench_engine.engine_trainer(*nets, backend="triton")
         real, z = batches[0]
@@ -184,7 +184,7 @@ def step(job: Job, save: Save) -> bool:
 
 
 def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Record]:
-    dtype, _ = PRECISIONS[precision]
+    dtype, multiplied = PRECISIONS[precision]
     netG, netD, batches = bench_engine.inputs(cell, 0)
     for net in (netG, netD):
         net.to(dtype)
@@ -196,7 +196,7 @@ def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Rec
         return bench_engine.observe(trainer, given)
 
     batches = [(real.to(dtype), z.to(dtype)) for real, z in batches]
-    with fp32_precision(precision), _tile(0):
+    with machine.fp32_precision(multiplied), _tile(0):
         by_torch = seen("reference", device, dtype)
         own = seen("triton", device, dtype)
         # Last, as the networks themselves change their dtype.
@@ -235,7 +235,7 @@ def ops(job: Job, save: Save) -> bool:
     for (case, name), row in zip(tasks, record["rows"], strict=True):
         for way, found in row["ways"].items():
             if found["right"]:
-                with fp32_precision(name):
+                with machine.fp32_precision(PRECISIONS[name][1]):
                     run, _ = _setup(case, name, job)
                     seconds = _seconds(functools.partial(run, way), job)
                 found |= _speed(row, seconds, rates[name])
@@ -265,7 +265,7 @@ def _check(job: Job, task: tuple[bench_conv.Case, str]) -> dict[str, float | str
     case, name = task
     machine.prepare(job.device)
     errors: dict[str, float | str] = {}
-    with fp32_precision(name), _poisoned():
+    with machine.fp32_precision(PRECISIONS[name][1]), _poisoned():
         run, (low, high, weight) = _setup(case, name, job)
         truth = bench_conv._torch(case, low.double(), high.double(), weight.double())
         for way in _ways(case, name, job):
@@ -375,9 +375,7 @@ def _rates(job: Job, name: str) -> dict[str, float]:
 def _seconds(call: Callable[[], object], job: Job) -> float:
     """The median; on a GPU by replays of a captured graph, which leave out the launches' cost."""
     if not job.dry_run:
-        from triton.testing import do_bench_cudagraph
-
-        return 1e-3 * float(do_bench_cudagraph(call, rep=20, return_mode="median"))
+        return 1e-3 * tuning._gpu_turn(call)
     taken = []
     for _ in range(3):
         started = time.perf_counter()
@@ -422,18 +420,6 @@ def _variants(job: Job) -> list[bench_engine.Variant]:
     else:
         found = bench_engine.select_variants(compiled=not job.quick, device=job.device)
     return [v for v in found if not (job.without_own and VARIANTS[v.name].kind == "fastgan")]
-
-
-@contextlib.contextmanager
-def fp32_precision(name: str) -> Iterator[None]:
-    """Within this context convolutions of float32 multiply as ``PRECISIONS`` says."""
-    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = PRECISIONS[name][1]
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastgan.benchmarks import report
@@ -17,7 +17,7 @@ def markdown(record: Record) -> str:
         lines += ["A dry run on the CPU, the kernels interpreted: its times say nothing.", ""]
     if record["interrupted"]:
         lines += ["Interrupted: what follows is what was done before.", ""]
-    lines += _table(
+    lines += report.markdown_table(
         ("part", "result", "seconds", ""),
         (
             (name, entry["status"], _number(entry.get("seconds"), ".0f"), entry.get("reason", ""))
@@ -43,7 +43,7 @@ def _tests(result: Record) -> list[str]:
         (name, entry["status"], entry.get("summary", entry.get("reason", "")))
         for name, entry in result["files"].items()
     )
-    lines = _table(("file", "result", ""), rows)
+    lines = report.markdown_table(("file", "result", ""), rows)
     for name, entry in result["files"].items():
         if entry.get("output"):
             lines += ["", f"{name}:", "", "```", *entry["output"], "```"]
@@ -74,7 +74,7 @@ def _step(result: Record) -> list[str]:
         f"{result['cell']}. The kernels may differ from float64 by {result['limit']:g} times what "
         "plain torch on the same device differs by."
     )
-    return [said, "", *_table(head, rows)]
+    return [said, "", *report.markdown_table(head, rows)]
 
 
 def _ops(result: Record) -> list[str]:
@@ -95,7 +95,7 @@ def _ops(result: Record) -> list[str]:
     ]
     if result.get("withheld"):
         lines += [f"No speeds of fastgan's own: {result['withheld']}.", ""]
-    return lines + _table(
+    return lines + report.markdown_table(
         ("layer", "direction", "precision", "way", "error", "µs", "TFLOP/s", "of roofline", ""),
         (cells for row in result["rows"] for cells in _op_rows(row)),
     )
@@ -136,15 +136,6 @@ _SECTIONS = {
     "bench": _bench,
     "ops": _ops,
 }
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    # A bar in an error message is no end of a cell.
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _number(value: float | None, form: str) -> str:

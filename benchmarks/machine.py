@@ -27,6 +27,18 @@ def prepare(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+@contextlib.contextmanager
+def fp32_precision(convolutions: str) -> Iterator[None]:
+    """Within this context convolutions of float32 multiply so: ``tf32`` or ``ieee``."""
+    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = convolutions
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What has to be the same for figures to be compared: processor, threads, versions."""
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastgan.benchmarks.plan import OTHERS, Cell
@@ -13,6 +14,16 @@ _COLOURS = {"example": "#b6bec8", "compile": "#8796a8", "fastgan": "#1f6feb"}
 # Inches: a panel's width, a bar with the gap to the next, what is between panels.
 _PANEL, _BAR, _BETWEEN = 6.4, 0.34, 0.75
 _CAPTION_WIDTH = 105  # characters a panel's width
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [*map(markdown_row, (head, ["---"] * len(head))), *map(markdown_row, rows)]
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of it; a bar in a cell is no end of the cell."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def machine_lines(record: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from fastgan.benchmarks.compile_driver import TARGETS, Launch, recorded
 from fastgan.benchmarks.plan import Cell
+from fastgan.benchmarks.report import markdown_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,8 +48,6 @@ _WAITS = frozenset({"_local_scalar_dense", "item", "nonzero", "equal", "is_nonze
 
 # By kernel, what would make it cost less.
 _REMEDIES = {
-    "aten.zeros": "they are gradients of outputs that nothing takes, made up by autograd: "
-    "`ctx.set_materialize_grads(False)` leaves them out",
     "bn act bwd": "it reads both tensors a second time, after the sums over them; where a tile "
     "of the batch stays in L2 or in shared memory (a cluster's), once would do; with the "
     "convolution's own epilogue doing the sums, the reduce pass falls away",
@@ -283,7 +282,7 @@ def document(steps: Sequence[tuple[Cell, Sequence[Item], dict[str, Any]]]) -> st
         "",
         "## Sums",
         "",
-        *_table(("", *(f"batch {s['batch_size']}" for *_, s in steps)), _sum_rows(steps)),
+        *markdown_table(("", *(f"batch {s['batch_size']}" for *_, s in steps)), _sum_rows(steps)),
         "",
     ]
     for cell, _, found in steps:
@@ -391,7 +390,7 @@ def _by_kernel(found: dict[str, Any]) -> list[str]:
         )
         for name, group in _ranked(found)
     ]
-    return _table(("kernel", "launches", "µs, captured", "share", "to shrink it"), rows)
+    return markdown_table(("kernel", "launches", "µs, captured", "share", "to shrink it"), rows)
 
 
 def _in_order(items: Sequence[Item]) -> list[str]:
@@ -407,11 +406,7 @@ def _in_order(items: Sequence[Item]) -> list[str]:
         )
         for i, item in enumerate(items)
     ]
-    return _table(("", "kernel", "sizes", "GFLOP", "MB", "µs, captured", "bound by"), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return markdown_table(("", "kernel", "sizes", "GFLOP", "MB", "µs, captured", "bound by"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -104,15 +104,23 @@ def _bn_merge_kernel(
 
 
 @triton.jit
-def _affine(weight_ptr, bias_ptr, c, channels):
-    """Weight and bias of channels ``c``, 1 and 0 where there are none."""
+def _of_channels(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, group, c, channels):
+    """Mean and invstd of a group in channels ``c``; weight and bias, 1 and 0 if there are none."""
+    mean = tl.load(mean_ptr + group * channels + c, mask=c < channels, other=0.0)
+    invstd = tl.load(invstd_ptr + group * channels + c, mask=c < channels, other=0.0)
     weight = tl.full(c.shape, 1.0, tl.float32)
     bias = tl.zeros(c.shape, tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-    return weight, bias
+    return mean, invstd, weight, bias
+
+
+@triton.jit
+def _normalise(x, mean, invstd, weight, bias):
+    """Before the activation; one expression for both passes, which see the same side of a kink."""
+    return (x - mean[None, :]) * (invstd * weight)[None, :] + bias[None, :]
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -136,10 +144,10 @@ def _bn_act_fwd_kernel(
     mask = (r < rows)[:, None] & (c < channels)[None, :]
     offsets = ((group * rows + r) * channels)[:, None] + c[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + group * channels + c, mask=c < channels, other=0.0)
-    invstd = tl.load(invstd_ptr + group * channels + c, mask=c < channels, other=0.0)
-    weight, bias = _affine(weight_ptr, bias_ptr, c, channels)
-    z = (x - mean[None, :]) * (invstd * weight)[None, :] + bias[None, :]
+    mean, invstd, weight, bias = _of_channels(
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, group, c, channels
+    )
+    z = _normalise(x, mean, invstd, weight, bias)
     y = common.activate(z, ACTIVATION, negative_slope)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -161,8 +169,7 @@ def _normalised_and_gradient(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     xhat = tl.where(mask, (x - mean[None, :]) * invstd[None, :], 0.0)
-    # The very expression of the forward pass, so that both see the same side of a kink.
-    z = (x - mean[None, :]) * (invstd * weight)[None, :] + bias[None, :]
+    z = _normalise(x, mean, invstd, weight, bias)
     if ACTIVATION == "tanh":
         z = common.activate(z, ACTIVATION, negative_slope)
     return xhat, dy * common.activation_gradient(z, ACTIVATION, negative_slope)
@@ -191,9 +198,9 @@ def _bn_act_bwd_reduce_kernel(
     group = tile // tiles
     start = tile % tiles * tile_rows
     end = min(start + tile_rows, rows)
-    mean = tl.load(mean_ptr + group * channels + c, mask=c < channels, other=0.0)
-    invstd = tl.load(invstd_ptr + group * channels + c, mask=c < channels, other=0.0)
-    weight, bias = _affine(weight_ptr, bias_ptr, c, channels)
+    mean, invstd, weight, bias = _of_channels(
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, group, c, channels
+    )
     dbias = tl.zeros((BC,), tl.float32)
     dweight = tl.zeros((BC,), tl.float32)
     for row in range(start, end, BR):
@@ -266,9 +273,9 @@ def _bn_act_bwd_kernel(
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = (r < rows)[:, None] & (c < channels)[None, :]
     offsets = ((group * rows + r) * channels)[:, None] + c[None, :]
-    mean = tl.load(mean_ptr + group * channels + c, mask=c < channels, other=0.0)
-    invstd = tl.load(invstd_ptr + group * channels + c, mask=c < channels, other=0.0)
-    weight, bias = _affine(weight_ptr, bias_ptr, c, channels)
+    mean, invstd, weight, bias = _of_channels(
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, group, c, channels
+    )
     xhat, dx = _normalised_and_gradient(
         dy_ptr, x_ptr, offsets, mask, mean, invstd, weight, bias, negative_slope, ACTIVATION
     )

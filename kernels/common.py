@@ -43,21 +43,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised contiguous float32 tensor where ``like`` is."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return _empty(shape, tuple(reversed(strides)), torch.float32, like.device)
+    return _empty(shape, torch.float32, like.device, torch.contiguous_format)
 
 
 def empty_images(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised ``[n, c, h, w]`` in ``torch.channels_last`` where ``like`` is."""
-    return _empty((n, c, h, w), (h * w * c, 1, w * c, c), dtype, like.device)
+    return _empty((n, c, h, w), dtype, like.device, torch.channels_last)
 
 
 def _empty(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: torch.memory_format
 ) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
 
 
 def power_of_2(size: int, least: int, most: int) -> int:

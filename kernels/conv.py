@@ -187,7 +187,7 @@ class Problem:
             columns, channels, thin = self.ch, self.cl, False
             if self.thin_dgrad:
                 columns *= self.classes
-        k = _depth(channels * (self.kh * self.kw if thin else 1), self.itemsize)
+        k = self._depth(channels * (self.kh * self.kw if thin else 1))
         rows, least = self.groups * self.group_rows(direction), self.stats_rows(direction)
         width = common.power_of_2(columns, 16, 128)
         shapes: tuple[tuple[int, int, int, int], ...]
@@ -210,26 +210,28 @@ class Problem:
     def _wgrad_tiles(self) -> tuple[Tile, ...]:
         columns = self.ch * self.kh * self.kw if self.thin else self.ch
         m, n = common.power_of_2(self.cl, 16, 128), common.power_of_2(columns, 16, 128)
-        k = _depth(self.n * self.h * self.w, self.itemsize)
+        k = self._depth(self.n * self.h * self.w)
         sides = dict.fromkeys(((m, n), (m, min(n, 64)), (min(m, 64), n), (min(m, 64), min(n, 64))))
         found = [self._tile(*side, k, *((8, 3) if min(side) == 128 else (4, 4))) for side in sides]
         return tuple(tile for tile in found if tile)
 
+    def _depth(self, size: int) -> int:
+        """How much of the sum a tile takes at a time: 128 bytes, or all where there is less.
+
+        Three passes of TF32 hold each operand twice, and take half of that.
+        """
+        most = 64 if self.precision == "tf32x3" else 128
+        return common.power_of_2(size, 16, most // self.itemsize)
+
     def _tile(self, m: int, n: int, k: int, warps: int, stages: int) -> Tile | None:
         """None where there are not the registers for it."""
         if self.precision == "tf32x3":
-            # Three passes hold each operand twice.
             if m * min(n, 64) > _MOST_PRECISE_OUTPUTS:
                 return None
-            k, warps = min(k, 16), max(4, m * n // 1024)
+            warps = max(4, m * n // 1024)
         # AMD's local memory holds 64 KiB, and its compiler keeps the next tile in registers.
         hip = common.target_backend() == "hip"
         return Tile(m, n, k, warps, min(stages, 2) if hip else stages)
-
-
-def _depth(size: int, itemsize: int) -> int:
-    """How much of the sum a tile takes at a time: 128 bytes, or all where there is less."""
-    return common.power_of_2(size, 16, 128 // itemsize)
 
 
 def precision(dtype: torch.dtype) -> str:

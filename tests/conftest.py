@@ -34,13 +34,9 @@ def nan_outputs(monkeypatch):
 
     monkeypatch.setattr(cpp, "_empty", empty)
     if not triton.missing_reasons():
-        monkeypatch.setattr(
-            triton.kernels("common"),
-            "_empty",
-            lambda shape, strides, dtype, device: torch.empty_strided(
-                shape, strides, dtype=dtype, device=device
-            ).fill_(torch.nan),
-        )
+        common = triton.kernels("common")
+        without = common._empty
+        monkeypatch.setattr(common, "_empty", lambda *args: without(*args).fill_(torch.nan))
 
 
 @pytest.fixture

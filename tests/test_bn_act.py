@@ -279,7 +279,7 @@ def test_checks_pass_without_a_fault(nan_outputs, honest_triton, small_blocks, n
     Fault("_bn_merge_kernel", "(t < tiles)[:, None] & ", "", "training", OUTSIDE),
     Fault("_bn_merge_kernel", "+ at, mean, mask=c < channels", "+ at, mean", "training", RACE),
     Fault(
-        "_affine",
+        "_of_channels",
         "weight_ptr + c, mask=c < channels, other=0.0",
         "weight_ptr + c",
         "training",
@@ -314,11 +314,11 @@ def test_checks_pass_without_a_fault(nan_outputs, honest_triton, small_blocks, n
     ),
     Fault("_bn_stats_kernel", "delta * delta * count * share", "0.0", "training", NUMBERS),
     Fault("_bn_merge_kernel", "group * tiles + t", "group * tiles + t + 1", "training", OUTSIDE),
-    Fault("_bn_act_fwd_kernel", "mean_ptr + group * channels", "mean_ptr", "training", NUMBERS),
+    Fault("_of_channels", "mean_ptr + group * channels", "mean_ptr", "training", NUMBERS),
     Fault("_bn_act_bwd_kernel", " - dbias[None, :]", "", "training", NUMBERS),
     Fault("_bn_act_bwd_sum_kernel", "range(groups)", "range(groups - 1)", "training", NUMBERS),
     Fault("_bn_act_bwd_reduce_kernel", "group = tile // tiles", "group = 0", "training", NUMBERS),
-    Fault("_bn_act_fwd_kernel", "bias[None, :]", "0.0", "evaluation", NUMBERS),
+    Fault("_normalise", "bias[None, :]", "0.0", "evaluation", NUMBERS),
     Fault("_bn_running_kernel", "* unbiased", "", "running", NUMBERS),
     Fault("_bn_running_kernel", "range(groups)", "range(groups - 1)", "running", NUMBERS),
     # Programs that meet.

@@ -26,7 +26,6 @@ _PACKAGES = (
     "tyro",
     "h5py",
 )
-_OPS = ("conv", "bn_act", "gan_loss", "augment")
 _CONV = """\
   conv has C++ kernels for
     4x4, stride 2, padding 1, one side twice the other: Winograd with tiles of 4 and 2, and of 3
@@ -70,6 +69,7 @@ def run(argv: list[str]) -> int:
 
 def _print_backends() -> None:
     from fastgan.ops.backend import BACKENDS, machine_reasons, resolve_backend, unsupported_reasons
+    from fastgan.ops.triton import OPS
 
     print("backends:")
     for name in BACKENDS:
@@ -85,7 +85,7 @@ def _print_backends() -> None:
 
     print(f"{'ops:':<12}{''.join(f'{name:<12}' for name in BACKENDS)}".rstrip())
     notes = []
-    for op in _OPS:
+    for op in OPS:
         row = f"  {op:<10}"
         for name in BACKENDS:
             reasons = _or_complaint(unsupported_reasons, op, name)

@@ -73,77 +73,59 @@ def bn_act_forward(
         and the running ones in evaluation.
     """
     x, weight, bias = cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
-    groups = groups if training else 1
-    forward = _triton_forward if backend == "triton" else _cpp_forward
-    return forward(
-        x, weight, bias, running_mean, running_var, stats, training, eps, groups, activation,
-        negative_slope,
-    )  # fmt: skip
-
-
-def _triton_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    stats: Tensor | None,
-    training: bool,
-    eps: float,
-    groups: int,
-    activation: str,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c, h, w = x.shape
-    k = triton.kernels("bn_act")
-    mean, invstd, var = (triton.empty(x, groups, c) for _ in range(3))
+    own = backend == "triton"
     if training:
-        if stats is None or len(stats) == 0:
-            stats = triton.empty(x, groups * k.stats_tiles(groups, n // groups * h * w, c), 3, c)
-            k.bn_stats(x, stats, groups)
-        k.bn_merge(stats, eps, mean, var, invstd, groups)
+        statistics = _triton_statistics if own else _cpp_statistics
+        mean, invstd, var = statistics(x, stats, eps, groups)
     else:
         assert running_mean is not None
         assert running_var is not None
-        mean[0], var[0] = running_mean, running_var
-        torch.rsqrt(var + eps, out=invstd)
-    y = triton.empty_images(x, n, c, h, w)
-    k.bn_act_forward(x, mean, invstd, weight, bias, activation, negative_slope, y)
+        mean, var = torch.stack([running_mean]).float(), torch.stack([running_var]).float()
+        invstd = (var + eps).rsqrt_()
+    apply = _triton_apply if own else _cpp_apply
+    y = apply(x, mean, invstd, weight, bias, activation, negative_slope)
     return y, mean, invstd, var
 
 
-def _cpp_forward(
+def _cpp_statistics(
+    x: Tensor, stats: Tensor | None, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mean``, ``invstd`` and ``var``, of ``stats`` where there are any."""
+    k, shape, c = cpp.kernels(), _cpp_shape(x, groups), x.shape[1]
+    if stats is None or len(stats) == 0:
+        stats = cpp.empty(groups * k.bn_tiles(shape), 3, c)
+        threads = torch.get_num_threads()
+        k.bn_stats(shape, k.bn_tile_rows(shape), 1, x.data_ptr(), stats.data_ptr(), threads)
+    mean, var = cpp.empty(groups, c), cpp.empty(groups, c)
+    k.bn_merge(groups, len(stats) // groups, c, stats.data_ptr(), mean.data_ptr(), var.data_ptr())
+    return mean, (var + eps).rsqrt_(), var
+
+
+def _triton_statistics(
+    x: Tensor, stats: Tensor | None, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mean``, ``invstd`` and ``var``, of ``stats`` where there are any."""
+    k, c = triton.kernels("bn_act"), x.shape[1]
+    if stats is None or len(stats) == 0:
+        stats = triton.empty(x, groups * k.stats_tiles(groups, x.numel() // (groups * c), c), 3, c)
+        k.bn_stats(x, stats, groups)
+    mean, invstd, var = (triton.empty(x, groups, c) for _ in range(3))
+    k.bn_merge(stats, eps, mean, var, invstd, groups)
+    return mean, invstd, var
+
+
+def _cpp_apply(
     x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    stats: Tensor | None,
-    training: bool,
-    eps: float,
-    groups: int,
     activation: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c, h, w = x.shape
-    k, threads = cpp.kernels(), torch.get_num_threads()
-    shape = k.BatchNormShape(groups, n // groups * h * w, c)
-    mean, var = cpp.empty(groups, c), cpp.empty(groups, c)
-    if training:
-        if stats is None or len(stats) == 0:
-            stats = cpp.empty(groups * k.bn_tiles(shape), 3, c)
-            k.bn_stats(shape, k.bn_tile_rows(shape), 1, x.data_ptr(), stats.data_ptr(), threads)
-        k.bn_merge(
-            groups, len(stats) // groups, c, stats.data_ptr(), mean.data_ptr(), var.data_ptr()
-        )
-    else:
-        assert running_mean is not None
-        assert running_var is not None
-        mean[0], var[0] = running_mean, running_var
-    invstd = (var + eps).rsqrt_()
-    y = cpp.empty_images(n, c, h, w)
-    k.bn_apply(
-        shape,
+) -> Tensor:
+    y = cpp.empty_images(*x.shape)
+    cpp.kernels().bn_apply(
+        _cpp_shape(x, len(mean)),
         x.data_ptr(),
         mean.data_ptr(),
         invstd.data_ptr(),
@@ -152,9 +134,20 @@ def _cpp_forward(
         cpp.ACTIVATION_CODES[activation],
         negative_slope,
         y.data_ptr(),
-        threads,
+        torch.get_num_threads(),
     )
-    return y, mean, invstd, var
+    return y
+
+
+def _triton_apply(x: Tensor, *arguments: Any) -> Tensor:
+    y = triton.empty_images(x, *x.shape)
+    triton.kernels("bn_act").bn_act_forward(x, *arguments, y)
+    return y
+
+
+def _cpp_shape(x: Tensor, groups: int) -> Any:
+    c = x.shape[1]
+    return cpp.kernels().BatchNormShape(groups, x.numel() // (groups * c), c)
 
 
 @bn_act_forward.register_fake
@@ -194,19 +187,17 @@ def bn_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx``, ``dweight``, ``dbias`` from what :func:`bn_act_forward` took and returned."""
     dy, x, weight, bias = cpp.dense(dy), cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
-    n, c, h, w = x.shape
     if backend == "triton":
-        dx, dweight, dbias = triton.empty_images(x, n, c, h, w), *_empty_gradients(x, weight, bias)
+        dx, dweight, dbias = triton.empty_images(x, *x.shape), *_empty_gradients(x, weight, bias)
         triton.kernels("bn_act").bn_act_backward(
             dy, x, mean, invstd, weight, bias, training, activation, negative_slope,
             dx, dweight, dbias,
         )  # fmt: skip
         return dx, dweight, dbias
-    groups = len(mean)
-    dx, dweight, dbias = cpp.empty_images(n, c, h, w), cpp.empty(c), cpp.empty(c)
-    k = cpp.kernels()
-    k.bn_backward(
-        k.BatchNormShape(groups, n // groups * h * w, c),
+    c = x.shape[1]
+    dx, dweight, dbias = cpp.empty_images(*x.shape), cpp.empty(c), cpp.empty(c)
+    cpp.kernels().bn_backward(
+        _cpp_shape(x, len(mean)),
         dy.data_ptr(),
         x.data_ptr(),
         mean.data_ptr(),

@@ -83,6 +83,11 @@ class _Problem:
         return self.high() if transposed else self.low()
 
 
+def _direction(transposed: bool) -> str:
+    """Of a convolution forward."""
+    return "dgrad" if transposed else "fprop"
+
+
 def _problem(
     low: tuple[int, ...] | torch.Size,
     high: tuple[int, ...] | torch.Size,
@@ -211,11 +216,6 @@ class _Kernels:
         """How many tiles of statistics a convolution's output has; see :func:`conv_forward`."""
         raise NotImplementedError
 
-    def act_backward(
-        self, dy: Tensor, y: Tensor, activation: str, negative_slope: float, out: Tensor
-    ) -> None:
-        raise NotImplementedError
-
     def _key(self) -> str:
         """What a measurement depends on besides the sizes."""
         raise NotImplementedError
@@ -267,7 +267,7 @@ class _Cpp(_Kernels):
 
     def stats_tiles(self, transposed: bool) -> int:
         p = self.problem
-        if not p.groups or not self.ways("")[0].startswith("winograd"):
+        if not p.groups or not self.ways(_direction(transposed))[0].startswith("winograd"):
             return 0
         k = cpp.kernels()
         tiles = k.conv_dgrad_stats_tiles if transposed else k.conv_fprop_stats_tiles
@@ -325,19 +325,6 @@ class _Cpp(_Kernels):
             torch.get_num_threads(),
         )
 
-    def act_backward(
-        self, dy: Tensor, y: Tensor, activation: str, negative_slope: float, out: Tensor
-    ) -> None:
-        cpp.kernels().act_backward(
-            y.numel(),
-            dy.data_ptr(),
-            y.data_ptr(),
-            cpp.ACTIVATION_CODES[activation],
-            negative_slope,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-
     def _shape(self) -> Any:
         p = self.problem
         return cpp.kernels().ConvShape(p.n, p.h, p.w, p.cl, p.ch)
@@ -367,21 +354,16 @@ class _Triton(_Kernels):
     def stats_tiles(self, transposed: bool) -> int:
         if not self.problem.groups:
             return 0
-        return int(self._product.stats_tiles("dgrad" if transposed else "fprop"))
-
-    def act_backward(
-        self, dy: Tensor, y: Tensor, activation: str, negative_slope: float, out: Tensor
-    ) -> None:
-        self._native.act_backward(dy, y, activation, negative_slope, out)
+        return int(self._product.stats_tiles(_direction(transposed)))
 
     def _key(self) -> str:
-        return f"{self._dtype} {self._native.precision(self._dtype)}"
+        return f"{self._dtype} {self._product.precision}"
 
     def _forward(
         self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
     ) -> bool:
         kernel = self._native.conv_dgrad if transposed else self._native.conv_fprop
-        tile = self._tiles("dgrad" if transposed else "fprop")[way]
+        tile = self._tiles(_direction(transposed))[way]
         after = end.bias, end.activation, end.negative_slope
         kernel(self._product, tile, x, weight, *after, out, end.stats)
         return True
@@ -393,9 +375,16 @@ class _Triton(_Kernels):
         triton.kernels("bn_act").bn_stats(y, stats, self.problem.groups)
 
     def _tiles(self, direction: str) -> dict[str, Any]:
-        tiles = self._product.tiles(direction)
-        # An interpreter's times say nothing of a GPU's.
-        return {str(tile): tile for tile in (tiles[:1] if triton.interpreted() else tiles)}
+        return _tiles_of(self._product, direction)
+
+
+# Asked for twice in each call of an op, and for long the same.
+@functools.lru_cache(maxsize=1024)
+def _tiles_of(product: Any, direction: str) -> dict[str, Any]:
+    """What :class:`_Triton` may choose from, by the name of the way."""
+    tiles = product.tiles(direction)
+    # An interpreter's times say nothing of a GPU's.
+    return {str(tile): tile for tile in (tiles[:1] if triton.interpreted() else tiles)}
 
 
 def _kernels(backend: str, problem: _Problem, x: Tensor) -> _Kernels:
@@ -444,7 +433,7 @@ def conv_forward(
     def run(way: str) -> Tensor:
         return kernels.forward(way, transposed, x, weight, end)
 
-    way = kernels.choose("dgrad" if transposed else "fprop", backend, x.device, run)
+    way = kernels.choose(_direction(transposed), backend, x.device, run)
     return run(way), stats
 
 
@@ -510,9 +499,20 @@ def act_backward(
 ) -> Tensor:
     """``dy · act'(x)`` from ``y = act(x)``, both ``[N, C, H, W]``; in ``torch.channels_last``."""
     dy, y = cpp.dense(dy), cpp.dense(y)
-    kernels = _kernels(backend, _problem(y.shape, y.shape, y.shape, 1, 0), y)
-    out = kernels.empty_images(y, *y.shape)
-    kernels.act_backward(dy, y, activation, negative_slope, out)
+    if _for_triton(backend, y):
+        out = triton.empty_images(y, *y.shape)
+        triton.kernels("conv").act_backward(dy, y, activation, negative_slope, out)
+        return out
+    out = cpp.empty_images(*y.shape)
+    cpp.kernels().act_backward(
+        y.numel(),
+        dy.data_ptr(),
+        y.data_ptr(),
+        cpp.ACTIVATION_CODES[activation],
+        negative_slope,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -596,7 +596,7 @@ def _has_way(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: b
     if _for_triton(requested_backend(), x):
         # Any that is not empty.
         return min(problem.low() + problem.high()) > 0
-    return bool(_Cpp(problem).ways("dgrad" if transposed else "fprop"))
+    return bool(_Cpp(problem).ways(_direction(transposed)))
 
 
 def conv(

@@ -77,9 +77,11 @@ def empty_images(n: int, c: int, h: int, w: int) -> Tensor:
     return _empty((n, c, h, w), _image_strides(c, h, w))
 
 
-def fake_images(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+def fake_images(
+    x: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """What :func:`empty_images` returns, of the kind of ``x``: for an op's fake."""
-    return x.new_empty_strided((n, c, h, w), _image_strides(c, h, w))
+    return x.new_empty_strided((n, c, h, w), _image_strides(c, h, w), dtype=dtype)
 
 
 def _image_strides(c: int, h: int, w: int) -> tuple[int, int, int, int]:

@@ -393,13 +393,16 @@ def _swap_if_equal(was: np.ndarray, compared: np.ndarray, new: np.ndarray) -> np
     return np.where(was == compared, new, was)
 
 
-_ATOMIC: dict[str, Function] = {
+_REDUCED: dict[str, Function] = {
     "add": np.add,
     "min": np.minimum,
     "max": np.maximum,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
+}
+_ATOMIC: dict[str, Function] = {
+    **_REDUCED,
     "exch": lambda was, new: new,
     "cas": _swap_if_equal,
 }
@@ -521,16 +524,6 @@ def _shfl(instruction: Instruction) -> Step:
             put_valid(crew, valid.reshape(-1))
 
     return step
-
-
-_REDUCED = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
 
 
 @_decodes("redux")

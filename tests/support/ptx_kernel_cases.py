@@ -6,7 +6,6 @@ that holds NaN until then, with torch in float64 on the same inputs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -19,7 +18,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import triton
+from fastgan.benchmarks import machine
 from fastgan.kernels import augment, bn_act, common, conv, gan_loss
+from support.convolutions import Sizes, projection, torchs
 from support.numerics import EPS, TF32, error
 from support.ptx_driver import running_ptx
 from support.ptx_memory import PtxError
@@ -63,50 +64,29 @@ NUMBERS = {
 SUMS = 4 * EPS
 
 
-class Sizes(NamedTuple):
-    """Of a convolution, and what comes after it forwards; without ``groups`` no statistics."""
+class Convolution(NamedTuple):
+    """And what comes after it forwards; without ``groups`` no statistics."""
 
-    n: int
-    cl: int
-    h: int
-    w: int
-    ch: int
-    high_h: int
-    high_w: int
-    k: int
-    stride: int
-    padding: int
+    sizes: Sizes
     bias: bool = False
     activation: str = "none"
     groups: int = 0
 
-    @property
-    def low(self) -> tuple[int, int, int, int]:
-        return self.n, self.cl, self.h, self.w
 
-    @property
-    def high(self) -> tuple[int, int, int, int]:
-        return self.n, self.ch, self.high_h, self.high_w
-
-    @property
-    def weight(self) -> tuple[int, int, int, int]:
-        return self.cl, self.ch, self.k, self.k
-
-
-SIZES = {
-    "of 16": Sizes(2, 48, 3, 5, 32, 6, 10, 4, 2, 1, True, "leaky_relu", 2),
-    "of 4": Sizes(2, 20, 5, 3, 36, 10, 6, 4, 2, 1, False, "relu", 2),
-    "odd": Sizes(2, 21, 3, 4, 19, 7, 9, 4, 2, 1, True, "none", 2),
-    "one image": Sizes(1, 33, 2, 3, 64, 4, 6, 4, 2, 1, True, "tanh", 1),
-    "many rows": Sizes(2, 16, 10, 15, 16, 20, 30, 4, 2, 1, False, "none", 2),
-    "thin": Sizes(2, 32, 4, 6, 3, 8, 12, 4, 2, 1, True, "tanh", 2),
-    "thin odd": Sizes(1, 18, 3, 4, 3, 7, 9, 4, 2, 1, True, "relu"),
-    "3x3": Sizes(2, 17, 5, 4, 24, 5, 4, 3, 1, 1, True, "relu", 2),
-    "3x3 by 2": Sizes(2, 24, 4, 3, 40, 7, 5, 3, 2, 1, False, "none", 1),
-    "5x5 by 3": Sizes(1, 16, 3, 2, 20, 9, 6, 5, 3, 1),
-    "projection": Sizes(4, 20, 1, 1, 24, 4, 4, 4, 1, 0, True, "relu", 2),
-    "few outputs": Sizes(5, 1, 1, 1, 81, 4, 4, 4, 1, 0, True),
-    "tall": Sizes(4, 24, 12, 13, 20, 24, 26, 4, 2, 1),
+CONVOLUTIONS = {
+    "of 16": Convolution(Sizes(2, 48, 3, 5, 32), True, "leaky_relu", 2),
+    "of 4": Convolution(Sizes(2, 20, 5, 3, 36), False, "relu", 2),
+    "odd": Convolution(Sizes(2, 21, 3, 4, 19, over=(1, 1)), True, "none", 2),
+    "one image": Convolution(Sizes(1, 33, 2, 3, 64), True, "tanh", 1),
+    "many rows": Convolution(Sizes(2, 16, 10, 15, 16), False, "none", 2),
+    "thin": Convolution(Sizes(2, 32, 4, 6, 3), True, "tanh", 2),
+    "thin odd": Convolution(Sizes(1, 18, 3, 4, 3, over=(1, 1)), True, "relu"),
+    "3x3": Convolution(Sizes(2, 17, 5, 4, 24, (3, 3), 1, 1), True, "relu", 2),
+    "3x3 by 2": Convolution(Sizes(2, 24, 4, 3, 40, (3, 3), 2, 1), False, "none", 1),
+    "5x5 by 3": Convolution(Sizes(1, 16, 3, 2, 20, (5, 5), 3, 1)),
+    "projection": Convolution(projection(4, 20, 24, (4, 4)), True, "relu", 2),
+    "few outputs": Convolution(projection(5, 1, 81, (4, 4)), True),
+    "tall": Convolution(Sizes(4, 24, 12, 13, 20)),
 }
 
 
@@ -133,57 +113,38 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     return dense(torch.randn(shape).to(dtype))
 
 
-@contextlib.contextmanager
-def fp32_precision(precision: str) -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
-
-
 def convolution(
     direction: str,
-    sizes: Sizes,
+    case: Convolution,
     numbers: Numbers,
     tile: conv.Tile | int = 0,
     multiprocessors: int = 1,
 ) -> Iterator[Check]:
     """``tile`` is one, or which one of those that the problem has."""
-    s, dtype = sizes, numbers.dtype
-    kernel = s.k, s.k
-    with fp32_precision(numbers.precision):
-        problem = conv.Problem.of(s.low, s.high, kernel, s.stride, s.padding, s.groups, dtype)
+    s, dtype = case.sizes, numbers.dtype
+    with machine.fp32_precision(numbers.precision):
+        problem = conv.Problem.of(s.low, s.high, s.kernel, s.stride, s.padding, case.groups, dtype)
         if isinstance(tile, int):
             tile = problem.tiles(direction)[tile]
     low, high, weight = (normal(shape, dtype) for shape in (s.low, s.high, s.weight))
-    step = s.stride, s.padding
+    z = torchs(direction, s, low.double(), high.double(), weight.double())
+    out = filled(tuple(z.shape), dtype)
     if direction == "wgrad":
-        out = filled(s.weight, dtype)
         with mock.patch.object(common, "multiprocessors", lambda device: multiprocessors):
             conv.conv_wgrad(problem, tile, low, high, out)
-        want = torch.nn.grad.conv2d_weight(high.double(), s.weight, low.double(), *step)
-        yield Check("weight gradient", out, want, numbers.product)
+        yield Check("weight gradient", out, z, numbers.product)
         return
-    x, out_sizes, run = (
-        (high, s.low, conv.conv_fprop) if direction == "fprop" else (low, s.high, conv.conv_dgrad)
-    )
-    channels = out_sizes[1]
-    out = filled(out_sizes, dtype)
-    bias = normal((channels,), dtype) if s.bias else None
-    tiles = problem.stats_tiles(direction) if s.groups else 0
+    x, run = (high, conv.conv_fprop) if direction == "fprop" else (low, conv.conv_dgrad)
+    channels = z.shape[1]
+    bias = normal((channels,), dtype) if case.bias else None
+    tiles = problem.stats_tiles(direction) if case.groups else 0
     stats = filled((tiles, 3, channels)) if tiles else None
-    run(problem, tile, x, weight, bias, s.activation, SLOPE, out, stats)
-    if direction == "fprop":
-        z = F.conv2d(high.double(), weight.double(), None, *step)
-    else:
-        z = torch.nn.grad.conv2d_input(s.high, weight.double(), low.double(), *step)
+    run(problem, tile, x, weight, bias, case.activation, SLOPE, out, stats)
     if bias is not None:
         z += bias.double().view(1, -1, 1, 1)
-    yield Check("output", out, ACTIVATIONS[s.activation](z, SLOPE), numbers.product)
+    yield Check("output", out, ACTIVATIONS[case.activation](z, SLOPE), numbers.product)
     if stats is not None:
-        yield from of_statistics(stats, out, s.groups)
+        yield from of_statistics(stats, out, case.groups)
 
 
 def of_statistics(stats: Tensor, y: Tensor, groups: int) -> Iterator[Check]:
@@ -374,13 +335,13 @@ def _convolutions() -> Iterator[tuple[str, Case]]:
         "tall": (),
     }
     for direction in ("fprop", "dgrad", "wgrad"):
-        for name, sizes in SIZES.items():
+        for name, convolved in CONVOLUTIONS.items():
             for numbers in others.get(name, every):
                 yield (
                     f"{direction} {name}, {numbers}",
                     Case(
                         numbers,
-                        functools.partial(convolution, direction, sizes, NUMBERS[numbers]),
+                        functools.partial(convolution, direction, convolved, NUMBERS[numbers]),
                     ),
                 )
     for direction, name, numbers, tile in (
@@ -396,7 +357,9 @@ def _convolutions() -> Iterator[tuple[str, Case]]:
             f"{direction} {name}, {numbers}, {tile}",
             Case(
                 numbers,
-                functools.partial(convolution, direction, SIZES[name], NUMBERS[numbers], tile),
+                functools.partial(
+                    convolution, direction, CONVOLUTIONS[name], NUMBERS[numbers], tile
+                ),
             ),
         )
     for numbers in every:
@@ -405,7 +368,7 @@ def _convolutions() -> Iterator[tuple[str, Case]]:
             Case(
                 numbers,
                 functools.partial(
-                    convolution, "wgrad", SIZES["tall"], NUMBERS[numbers], multiprocessors=64
+                    convolution, "wgrad", CONVOLUTIONS["tall"], NUMBERS[numbers], multiprocessors=64
                 ),
             ),
         )
@@ -615,12 +578,8 @@ LAUNCHED = "kernels"
 
 
 def main() -> None:
-    def empty(
-        shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device).fill_(torch.nan)
-
-    common._empty = empty
+    without_poison = common._empty
+    common._empty = lambda *args: without_poison(*args).fill_(torch.nan)
     serve(
         {
             LAUNCHED: launched,
