@@ -1,11 +1,15 @@
-"""Builds the C++ kernels of csrc/; all metadata is in pyproject.toml.
+"""Builds the kernels of csrc/; all metadata is in pyproject.toml.
 
 ``FASTGAN_BUILD`` says what to build: ``auto`` (default) the C++ part, and nothing where that fails;
-``cpu`` the C++ part or an error; ``none`` nothing, which leaves the reference path.
+``cpu`` the C++ part or an error; ``cuda`` the CUDA part too, with nvcc and without a GPU;
+``none`` nothing, which leaves the reference path. ``TORCH_CUDA_ARCH_LIST`` names the GPUs that the
+CUDA part is for, as ``8.0;9.0+PTX``.
 """
 
 import os
 import platform
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,22 +30,65 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 OWN_FLAGS = os.environ.get("FASTGAN_CXXFLAGS", "").split()
 FLAGS += OWN_FLAGS
 STRIP = [] if OWN_FLAGS else ["-s"]
-FOLDER = Path("csrc/cpu")
+CPU, CUDA = "fastgan._cpu", "fastgan._cuda"
+FOLDERS = {CPU: Path("csrc/cpu"), CUDA: Path("csrc/cuda")}
 SOURCES = ["bindings.cpp", "dispatch.cpp", "pool.cpp", "shapes.cpp"]
+BUILDS = ("auto", "cpu", "cuda", "none")
+WANTED = os.environ.get("FASTGAN_BUILD") or "auto"
+
+# A product is rounded before it is added where the source does not say fmaf, so that what the
+# sources compute on a CPU is what they compute on a GPU.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-cudart=static"]
+NVCC_FLAGS += os.environ.get("FASTGAN_NVCCFLAGS", "").split()
+# GPUs with asynchronous copies, bf16 and TF32, and PTX for those to come.
+ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+
+
+def nvcc():
+    """The compiler: that of CUDACXX, of CUDA_HOME, or on the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    in_home = str(Path(home) / "bin" / "nvcc") if home else "nvcc"
+    found = shutil.which(os.environ.get("CUDACXX") or in_home)
+    if found is None:
+        raise SystemExit(
+            "FASTGAN_BUILD=cuda: no nvcc on the PATH; install the CUDA toolkit, or name the "
+            "compiler in CUDACXX"
+        )
+    return found
+
+
+def architecture_flags():
+    """What nvcc is told of TORCH_CUDA_ARCH_LIST."""
+    flags = []
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    for name in wanted.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if match is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST={wanted!r}: {name!r} is not of the form 8.0 or 8.0+PTX"
+            )
+        arch = match[1] + match[2]
+        if int(match[1]) < 8:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST={wanted!r}: the kernels need 8.0 or later, not {name}"
+            )
+        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    return flags
 
 
 class BuildKernels(build_ext):
     def run(self):
-        wanted = os.environ.get("FASTGAN_BUILD") or "auto"
-        if wanted not in ("auto", "cpu", "none"):
-            raise SystemExit(f"FASTGAN_BUILD={wanted!r}: choose from auto, cpu, none")
-        if wanted == "none":
+        if WANTED not in BUILDS:
+            raise SystemExit(f"FASTGAN_BUILD={WANTED!r}: choose from {', '.join(BUILDS)}")
+        if WANTED == "none":
             self.extensions = []
             return
         try:
             super().run()
         except Exception as error:
-            if wanted == "cpu":
+            if WANTED != "auto":
                 raise
             self.extensions = []
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -49,10 +96,15 @@ class BuildKernels(build_ext):
             print(f"fastgan: installing without the C++ kernels, they did not build: {reason}")
 
     def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (self._build_cuda if ext.name == CUDA else self._build_cpu)(ext, str(target))
+
+    def _build_cpu(self, ext, target):
         def compile_one(job):
             name, source, flags = job
             return self.compiler.compile(
-                [str(FOLDER / source)],
+                [str(FOLDERS[CPU] / source)],
                 output_dir=str(Path(self.build_temp) / name),
                 include_dirs=ext.include_dirs,
                 extra_postargs=FLAGS + flags,
@@ -62,10 +114,50 @@ class BuildKernels(build_ext):
         jobs += [("common", source, []) for source in SOURCES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, jobs) for name in names]
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, str(target), target_lang="c++", extra_postargs=[*FLAGS, *STRIP]
+            objects, target, target_lang="c++", extra_postargs=[*FLAGS, *STRIP]
+        )
+
+    def _build_cuda(self, ext, target):
+        compiler, architectures = nvcc(), architecture_flags()
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        # distutils has added Python's own folders to those of the other extension's compiler.
+        includes = [f"-I{path}" for path in [*ext.include_dirs, *self.include_dirs]]
+
+        def compile_one(source):
+            made = str(folder / f"{Path(source).name}.o")
+            hidden = ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+            self.spawn(
+                [
+                    compiler,
+                    *NVCC_FLAGS,
+                    *architectures,
+                    *hidden,
+                    *includes,
+                    "-c",
+                    source,
+                    "-o",
+                    made,
+                ]
+            )
+            return made
+
+        # The longest first.
+        sources = sorted(ext.sources, key=lambda path: -Path(path).stat().st_size)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        self.spawn(
+            [
+                compiler,
+                *NVCC_FLAGS,
+                *architectures,
+                "-shared",
+                "-Xcompiler=-s",
+                *objects,
+                "-o",
+                target,
+            ]
         )
 
 
@@ -74,15 +166,24 @@ def extensions():
         import pybind11
     except ImportError:
         return []
-    files = sorted(str(path) for path in FOLDER.iterdir())
-    return [
-        Extension(
-            "fastgan._cpu",
-            [str(FOLDER / source) for source in ("isa.cpp", *SOURCES)],
-            include_dirs=[pybind11.get_include()],
-            depends=files,
+    found = []
+    for name, folder in FOLDERS.items():
+        if name == CUDA and WANTED != "cuda":
+            continue
+        sources = (
+            [*sorted(map(str, folder.glob("*.cu"))), str(folder / "bindings.cpp")]
+            if name == CUDA
+            else [str(folder / source) for source in ("isa.cpp", *SOURCES)]
         )
-    ]
+        found.append(
+            Extension(
+                name,
+                sources,
+                include_dirs=[pybind11.get_include()],
+                depends=sorted(map(str, folder.iterdir())),
+            )
+        )
+    return found
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -58,7 +58,7 @@ class Case:
             n=self.n, cl=self.cl, h=self.side, w=self.side, ch=self.ch, high_h=high, high_w=high,
             kh=self.kernel, kw=self.kernel, stride=self.stride, padding=self.padding, groups=0,
         )  # fmt: skip
-        return conv._Cpp(problem)
+        return conv._Cpp(problem, torch.float32)
 
     def gflop(self) -> float:
         """Of the direct convolution, the same for every way and direction."""

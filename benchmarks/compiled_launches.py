@@ -14,9 +14,10 @@ import torch
 from fastgan.benchmarks import machine
 from fastgan.benchmarks.compile_driver import Launch, Target, recorded
 from fastgan.benchmarks.plan import NZ
-from fastgan.kernels import augment, bn_act, common, conv, gan_loss
+from fastgan.kernels import augment, bn_act, conv, gan_loss
 from torch import Tensor
 
+from fastgan.gpu import empty_images
 from fastgan.nn.sizes import split_size
 
 # Side and channels of the images; the networks are 64 channels wide at the image.
@@ -283,4 +284,4 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _images(n: int, c: int, side: int, dtype: torch.dtype) -> Tensor:
-    return common.empty_images(_empty(0), n, c, side, side, dtype)
+    return empty_images(_empty(0), n, c, side, side, dtype=dtype)

@@ -30,6 +30,7 @@ from fastgan.benchmarks import bench_conv, bench_engine, machine
 from fastgan.benchmarks.plan import VARIANTS, Cell
 from torch import Tensor
 
+from fastgan import gpu
 from fastgan.files import replace_file
 from fastgan.ops import conv, triton, tuning
 from fastgan.seeding import generator
@@ -280,13 +281,12 @@ def _check(job: Job, task: tuple[bench_conv.Case, str]) -> dict[str, float | str
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
     """Within this context what a kernel leaves out of its result is NaN."""
-    common = triton.kernels("common")
-    empty = common._empty
-    common._empty = lambda *args: empty(*args).fill_(torch.nan)
+    empty = gpu._empty
+    gpu._empty = lambda *args: empty(*args).fill_(torch.nan)
     try:
         yield
     finally:
-        common._empty = empty
+        gpu._empty = empty
 
 
 def _ways(case: bench_conv.Case, name: str, job: Job) -> list[str]:

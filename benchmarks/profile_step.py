@@ -183,7 +183,9 @@ def _convolution(event: Any, backend: str) -> Work:
         direction = "dgrad" if transposed else "fprop"
     way, detail = "torch", direction
     if name.startswith("fastgan::"):
-        way = conv._Cpp(problem).choose(direction, backend, torch.device("cpu"), _unmeasured)
+        way = conv._Cpp(problem, torch.float32).choose(
+            direction, backend, torch.device("cpu"), _unmeasured
+        )
     if name in ("fastgan::conv_wgrad", "aten::convolution_backward"):
         detail = ""  # the name says it
     p = problem

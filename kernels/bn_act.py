@@ -13,6 +13,8 @@ import triton.language as tl
 from fastgan.kernels import common
 from torch import Tensor
 
+from fastgan import gpu
+
 # Elements that a program holds at a time, and channels of them: a warp's row of 16-byte loads.
 _BLOCK = 4096
 _MOST_CHANNELS = 64
@@ -396,8 +398,8 @@ def bn_act_backward(
     c, groups = x.shape[1], len(mean)
     rows, block = x.numel() // (c * groups), _block(c)
     tiles = stats_tiles(groups, rows, c)
-    sums = common.empty(x, (groups * tiles, 2, c))
-    totals = common.empty(x, (groups, 2, c))
+    sums = gpu.empty(x, groups * tiles, 2, c)
+    totals = gpu.empty(x, groups, 2, c)
     _bn_act_bwd_reduce_kernel[(groups * tiles, triton.cdiv(c, block["BC"]))](
         *(dy, x, mean, invstd, weight, bias, sums),
         *(rows, triton.cdiv(rows, tiles), tiles, c, negative_slope),

@@ -31,32 +31,6 @@ def target_backend() -> str:
     return "cuda" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many of them ``device`` has; 1 where the kernels are not run by a GPU."""
-    return _multiprocessors(device) if device.type == "cuda" else 1
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised contiguous float32 tensor where ``like`` is."""
-    return _empty(shape, torch.float32, like.device, torch.contiguous_format)
-
-
-def empty_images(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised ``[n, c, h, w]`` in ``torch.channels_last`` where ``like`` is."""
-    return _empty((n, c, h, w), dtype, like.device, torch.channels_last)
-
-
-def _empty(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: torch.memory_format
-) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
-
-
 def power_of_2(size: int, least: int, most: int) -> int:
     """The smallest power of 2 that holds ``size``, within bounds that are powers of 2."""
     return min(max(triton.next_power_of_2(size), least), most)

@@ -29,6 +29,8 @@ import triton.language as tl
 from fastgan.kernels import common
 from torch import Tensor
 
+from fastgan import gpu
+
 # Channels of H below this make a side thin: shorter than a 16-byte load of 16-bit numbers, twice.
 _THIN = 16
 # Up to as many columns hold all classes of a pixel in dgrad.
@@ -799,7 +801,7 @@ def conv_wgrad(problem: Problem, tile: Tile, low: Tensor, high: Tensor, out: Ten
     tiles_m = triton.cdiv(p.cl, tile.m)
     tiles_n = triton.cdiv(size, tile.n) if p.thin else p.kh * p.kw * triton.cdiv(p.ch, tile.n)
     parts, part_rows = _parts(rows, tile.k, tiles_m * tiles_n, low.device)
-    sums = out if parts == 1 else common.empty(low, (parts, p.cl * size))
+    sums = out if parts == 1 else gpu.empty(low, parts, p.cl * size)
     _conv_wgrad_kernel[(tiles_m * tiles_n, parts)](
         *(low, high, sums, tiles_m, tiles_n, rows, part_rows),
         *(p.h, p.w, p.cl, p.high_h, p.high_w, p.ch),
@@ -818,7 +820,7 @@ def conv_wgrad(problem: Problem, tile: Tile, low: Tensor, high: Tensor, out: Ten
 def _parts(rows: int, k: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """Into how many parts of how many rows wgrad's sum is cut."""
     steps = triton.cdiv(rows, k)
-    wanted = triton.cdiv(_WAVES * common.multiprocessors(device), tiles)
+    wanted = triton.cdiv(_WAVES * gpu.multiprocessors(device), tiles)
     # A part of less than a few steps is mostly the writing of its result.
     part_steps = max(triton.cdiv(steps, wanted), min(steps, 8))
     return triton.cdiv(steps, part_steps), part_steps * k

@@ -1,5 +1,6 @@
 """Shared fixtures: small data, and no trace left outside the tests' own folders."""
 
+import functools
 import os
 
 import numpy as np
@@ -11,7 +12,26 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fastgan.ops import cpp, triton, tuning
+from support import cuda_host
+
+from fastgan import gpu
+from fastgan.ops import cpp, cuda, triton, tuning
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cuda_on_host():
+    """Where torch has no GPU the CUDA kernels run on the CPU too, built when first asked for."""
+    if torch.cuda.is_available() or cuda_host.missing_reasons():
+        yield
+        return
+
+    @functools.cache
+    def find():
+        return cuda._Found(cuda_host.load(cuda_host.build_kernels()), "", on_host=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_find", find)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +53,8 @@ def nan_outputs(monkeypatch):
         return torch.empty_strided(shape, strides).fill_(torch.nan)
 
     monkeypatch.setattr(cpp, "_empty", empty)
-    if not triton.missing_reasons():
-        common = triton.kernels("common")
-        without = common._empty
-        monkeypatch.setattr(common, "_empty", lambda *args: without(*args).fill_(torch.nan))
+    without = gpu._empty
+    monkeypatch.setattr(gpu, "_empty", lambda *args: without(*args).fill_(torch.nan))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.numerics import DTYPES, TRITON_DEVICE, compiled, error, limit, needs_triton
+from support.numerics import DTYPES, GPU_DEVICE, compiled, error, limit, needs_triton
 from support.planted_faults import NUMBERS, OUTSIDE, RACE, Fault, faults, planted
 
 from fastgan import augment
@@ -46,7 +46,7 @@ def test_leaves_its_input(rng):
 def check(images, index, flip, dtype):
     """The kernel against float64, each value of it."""
     want, own = (augment(images, index, flip, dtype=d) for d in (torch.float64, dtype))
-    on_device = (None if t is None else t.to(TRITON_DEVICE) for t in (images, index, flip))
+    on_device = (None if t is None else t.to(GPU_DEVICE) for t in (images, index, flip))
     with use_backend("triton"):
         got = augment(*on_device, dtype=dtype)
     assert got.dtype == dtype
@@ -110,9 +110,9 @@ def test_triton_copies_what_is_not_contiguous(nan_outputs, honest_triton, rng):
 @needs_triton
 def test_triton_counts_images_beyond_int32(honest_triton):
     """Of more bytes than that holds; what no one touches takes no memory on the CPU."""
-    images = torch.empty(2**31 // 12 + 2, 2, 2, 3, dtype=torch.uint8, device=TRITON_DEVICE)
+    images = torch.empty(2**31 // 12 + 2, 2, 2, 3, dtype=torch.uint8, device=GPU_DEVICE)
     images[-1] = torch.arange(12).view(2, 2, 3)
-    last = torch.tensor([len(images) - 1], device=TRITON_DEVICE)
+    last = torch.tensor([len(images) - 1], device=GPU_DEVICE)
     with use_backend("triton"):
         got = augment(images, last)
     assert error(got.cpu(), augment(images[-1:].cpu(), dtype=torch.float64)) < 1e-6
@@ -120,8 +120,8 @@ def test_triton_counts_images_beyond_int32(honest_triton):
 
 @needs_triton
 def test_opcheck(rng):
-    images = torch.from_numpy(rng.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)).to(TRITON_DEVICE)
-    index = torch.tensor([2, 0], device=TRITON_DEVICE)
+    images = torch.from_numpy(rng.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)).to(GPU_DEVICE)
+    index = torch.tensor([2, 0], device=GPU_DEVICE)
     for arguments in (
         (images, index, index == 0, torch.float16),
         (images, None, None, torch.float32),
@@ -131,8 +131,8 @@ def test_opcheck(rng):
 
 @needs_triton
 def test_compiled_whole(rng):
-    images = torch.from_numpy(rng.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)).to(TRITON_DEVICE)
-    index = torch.tensor([2, 0], device=TRITON_DEVICE)
+    images = torch.from_numpy(rng.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)).to(GPU_DEVICE)
+    index = torch.tensor([2, 0], device=GPU_DEVICE)
     with use_backend("triton"):
         want = augment(images, index, index == 0)
         assert torch.equal(compiled(augment)(images, index, index == 0), want)

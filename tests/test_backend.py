@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.numerics import (
     DTYPES,
-    TRITON_DEVICE,
+    GPU_DEVICE,
     WINOGRAD,
     error,
     needs_kernels,
@@ -113,14 +113,14 @@ def test_what_the_kernels_take(op):
 @needs_triton
 @pytest.mark.parametrize("op", triton.OPS)
 def test_what_the_triton_kernels_take(op):
-    fits = torch.zeros(2, 3, device=TRITON_DEVICE)
+    fits = torch.zeros(2, 3, device=GPU_DEVICE)
     assert unsupported_reasons(op, "triton") == []
     for dtype in DTYPES:
         assert unsupported_reasons(op, "triton", fits.to(dtype), None) == []
     refused = [("meta", fits.to("meta")), ("empty", fits[:0])]
     if op != "augment":
         # Which takes bytes, and counts images apart.
-        many = torch.zeros(1, device=TRITON_DEVICE).expand(2**31)
+        many = torch.zeros(1, device=GPU_DEVICE).expand(2**31)
         assert unsupported_reasons(op, "triton", many[1:]) == []
         refused += [("float64", fits.double()), ("2147483647", many)]
     if op == "conv":
@@ -141,7 +141,7 @@ def test_a_tensor_on_the_cpu_is_refused_where_the_kernels_are_compiled():
 
 @needs_triton
 def test_what_triton_does_not_take_is_said_by_the_ops():
-    x, weight = (t.to(TRITON_DEVICE) for t in operands())
+    x, weight = (t.to(GPU_DEVICE) for t in operands())
     with use_backend("triton"):
         with pytest.raises(NotBuiltError, match=r"conv: .*not of one dtype"):
             conv(x.half(), weight, **CONVOLUTION)
@@ -155,7 +155,7 @@ def test_what_triton_does_not_take_is_said_by_the_ops():
 def test_the_interpreter_is_for_whoever_asks_for_it():
     assert select_backend("augment", torch.zeros(2, 3)) == "reference"
     with use_backend("triton"):
-        assert select_backend("augment", torch.zeros(2, 3, device=TRITON_DEVICE)) == "triton"
+        assert select_backend("augment", torch.zeros(2, 3, device=GPU_DEVICE)) == "triton"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")

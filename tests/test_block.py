@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.numerics import (
     CPP,
+    CUDA,
     DTYPES,
     LAYOUTS,
     TRITON,
@@ -212,7 +213,7 @@ def test_float64_is_the_references(kind, training):
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @pytest.mark.parametrize("kind", OPS)
 def test_float64_is_refused_by_a_named_backend(kind, backend):
     tensors, step = arguments(kind, BLOCKS[kind][0], "nchw", bias=True)
@@ -254,7 +255,9 @@ def test_statistics_of_a_large_mean_and_a_small_deviation(monkeypatch, nan_outpu
     [
         *(
             pytest.param("aot_eager", kind, training, *backend.values, marks=backend.marks)
-            for kind, training, backend in itertools.product(OPS, [True, False], [CPP, TRITON])
+            for kind, training, backend in itertools.product(
+                OPS, [True, False], [CPP, TRITON, CUDA]
+            )
         ),
         # Which takes its time: one block shows that what it writes fits.
         pytest.param("inductor", "plain", True, "cpp", marks=needs_kernels),

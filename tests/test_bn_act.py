@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from support.numerics import (
     CPP,
+    CUDA,
     DTYPES,
+    GPU_DEVICE,
     LAYOUTS,
     TRITON,
-    TRITON_DEVICE,
     alike,
     away_from_kinks,
     compiled,
@@ -240,11 +241,11 @@ def check_running_statistics(groups, contiguous):
             0.7 * want[0] + 0.3 * group_mean,
             0.7 * want[1] + 0.3 * group_var * (5 / 4),
         ]
-    got = [torch.stack([t, t], 1)[:, 0].to(TRITON_DEVICE) for t in running]
+    got = [torch.stack([t, t], 1)[:, 0].to(GPU_DEVICE) for t in running]
     if contiguous:
         got = [t.contiguous() for t in got]
     assert got[0].is_contiguous() == contiguous
-    bn_update_running(*got, mean.to(TRITON_DEVICE), var.to(TRITON_DEVICE), 5, 0.3, "triton")
+    bn_update_running(*got, mean.to(GPU_DEVICE), var.to(GPU_DEVICE), 5, 0.3, "triton")
     for g, w in zip(got, want, strict=True):
         assert error(g.cpu(), w) <= 4 * torch.finfo(torch.float32).eps
 
@@ -356,7 +357,7 @@ def test_each_instruction_set(nan_outputs, use_isa, isa, groups, shape, activati
     check(groups, shape, activation)
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @pytest.mark.parametrize("shape", [(8, 5, 16, 16), (64, 24, 4, 4), (2, 3, 64, 64)], ids=str)
 def test_statistics_of_a_large_mean_and_a_small_deviation(
     nan_outputs, honest_triton, shape, backend
@@ -372,7 +373,7 @@ def test_statistics_of_a_large_mean_and_a_small_deviation(
         assert error(var[g].cpu(), part.var((0, 2, 3), correction=0)) < of_var
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("training", [True, False])
@@ -438,7 +439,7 @@ def test_refuses(backend, kwargs, message):
         bn_act(torch.zeros(3, 2, 2, 2), **kwargs)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", TRITON])
+@pytest.mark.parametrize("backend", ["auto", "reference", TRITON, CUDA])
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("length", [2, 6])
 @pytest.mark.parametrize("training", [True, False])
@@ -450,7 +451,7 @@ def test_what_does_not_fit_is_refused_as_torch_does(backend, name, length, train
         bn_act(torch.randn(3, 5, 2, 2, device=device), **given, training=training)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", TRITON])
+@pytest.mark.parametrize("backend", ["auto", "reference", TRITON, CUDA])
 def test_one_value_a_channel_is_refused_as_torch_does(backend):
     with use_backend(backend), pytest.raises(ValueError, match="more than 1 value"):
         bn_act(torch.randn(2, 5, 1, 1, device=device_of(backend)), groups=2)
@@ -480,7 +481,7 @@ def everything(shape, groups, backend="cpp"):
 
 @needs_triton
 def test_triton_repeats_agree_bit_for_bit():
-    shape = (4, 24, 8, 8) if TRITON_DEVICE == "cpu" else (64, 24, 64, 64)
+    shape = (4, 24, 8, 8) if GPU_DEVICE == "cpu" else (64, 24, 64, 64)
     first = everything(shape, 2, "triton")
     for _ in range(2):
         assert all(map(torch.equal, everything(shape, 2, "triton"), first))
@@ -505,7 +506,7 @@ def test_thread_counts_agree_to_rounding(threads):
             assert error(g, w.double()) <= 1e-6
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 def test_opcheck(training, affine, backend):
@@ -525,7 +526,7 @@ def test_opcheck(training, affine, backend):
     torch.library.opcheck(bn_update_running, (mean, var, *of_groups, 84, 0.1, backend))
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 def test_a_double_backward_raises(backend):
     x, weight, bias = leaves(*arguments((4, 3, 4, 4))[:3], device=device_of(backend))
     with use_backend(backend):
@@ -535,7 +536,7 @@ def test_a_double_backward_raises(backend):
         dx.square().sum().backward()
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_whole(training, backend):
     device = device_of(backend)
@@ -551,7 +552,7 @@ def test_compiled_whole(training, backend):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 def test_float64_is_refused_by_a_named_backend(backend):
     with use_backend(backend), pytest.raises(NotBuiltError, match="float64"):
         bn_act(torch.randn(4, 3, 2, 2, dtype=torch.float64))

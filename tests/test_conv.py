@@ -19,10 +19,11 @@ from support.convolutions import (
 )
 from support.numerics import (
     CPP,
+    CUDA,
     DTYPES,
+    GPU_DEVICE,
     LAYOUTS,
     TRITON,
-    TRITON_DEVICE,
     WINOGRAD,
     alike,
     away_from_kinks,
@@ -417,7 +418,7 @@ def test_activations_of_what_is_not_finite(nan_outputs, sizes, way, direction, a
     torch.testing.assert_close(dz, z.grad, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("auto", marks=needs_kernels), CPP, TRITON])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=needs_kernels), CPP, TRITON, CUDA])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -493,7 +494,7 @@ def test_twenty_repeats_agree_bit_for_bit(threads, sizes, count):
 @pytest.mark.parametrize("sizes", TRITON_SIZES[1:3], ids=ids)
 def test_triton_repeats_agree_bit_for_bit(sizes):
     first = reproducible(sizes, "triton")
-    for _ in range(1 if TRITON_DEVICE == "cpu" else 19):
+    for _ in range(1 if GPU_DEVICE == "cpu" else 19):
         assert all(map(torch.equal, reproducible(sizes, "triton"), first))
 
 
@@ -558,7 +559,7 @@ def test_opcheck_of_the_triton_gradients():
     opcheck_gradients(Sizes(2, 5, 2, 3, 6, over=(1, 0)), "triton")
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @TRANSPOSED
 @pytest.mark.parametrize("activation", ["none", "tanh"])
 def test_a_double_backward_raises_or_is_right(backend, transposed, activation):

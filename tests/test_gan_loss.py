@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.numerics import (
     CPP,
+    CUDA,
     DTYPES,
     TRITON,
     alike,
@@ -117,7 +118,7 @@ def test_each_instruction_set(nan_outputs, use_isa, isa, targets):
     check(logits_of((6, 1, 3, 5)), targets)
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @pytest.mark.parametrize("deviation", [1e-4, 30.0])
 def test_small_and_large_logits(nan_outputs, honest_triton, deviation, backend):
     check(logits_of((128, 1), deviation), (1.0, 0.0), backend)
@@ -138,7 +139,7 @@ def test_a_loss_next_to_nothing_keeps_its_digits(nan_outputs, honest_triton):
     check_small_loss()
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 def test_other_layouts(nan_outputs, honest_triton, backend):
     check(logits_of((6, 3, 4, 5)).to(memory_format=torch.channels_last), (1.0, 0.0), backend)
     check(logits_of((12, 4))[::2, 1:], (1.0, 0.0, 0.5), backend)
@@ -164,7 +165,7 @@ def test_stable_where_the_definition_overflows(backend, dtype):
     assert logits.grad.tolist() == [1.0, -1.0]
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
 def test_what_is_not_finite(nan_outputs, honest_triton, value, target, backend):
@@ -189,7 +190,7 @@ def test_says_what_is_not_built():
         gan_loss(torch.zeros(3), (1.0,), kind="hinge")
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 def test_opcheck(backend):
     logits = torch.randn(6, 1, 2, 3, device=device_of(backend), requires_grad=True)
     torch.library.opcheck(gan_loss_forward, (logits, [1.0, 0.0], backend))
@@ -197,7 +198,7 @@ def test_opcheck(backend):
     torch.library.opcheck(gan_loss_backward, (dloss, torch.randn_like(logits).detach()))
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 def test_a_double_backward_raises(backend):
     logits = torch.randn(6, device=device_of(backend), requires_grad=True)
     with use_backend(backend):
@@ -207,7 +208,7 @@ def test_a_double_backward_raises(backend):
         dlogits.square().sum().backward()
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 def test_compiled_whole(backend):
     logits = logits_of((6, 2)).to(device_of(backend))
     found = []
@@ -220,7 +221,7 @@ def test_compiled_whole(backend):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
+@pytest.mark.parametrize("backend", [CPP, TRITON, CUDA])
 def test_float64_is_refused_by_a_named_backend(backend):
     with use_backend(backend), pytest.raises(NotBuiltError, match="float64"):
         gan_loss(torch.zeros(4, dtype=torch.float64), (1.0,))

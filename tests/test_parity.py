@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastgan.benchmarks import example_dcgan as example
 from support import training_parity
-from support.numerics import TRITON_DEVICE, error, needs_triton
+from support.numerics import GPU_DEVICE, error, needs_triton
 
 from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, load_images
 
@@ -120,7 +120,7 @@ def test_triton_steps_as_the_reference_does(
         return {name: torch.as_tensor(value).cpu() for name, value in found.items()}
 
     want = run("reference", torch.float64, "cpu")
-    got = run("triton", torch.float32, TRITON_DEVICE)
+    got = run("triton", torch.float32, GPU_DEVICE)
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert error(got[name], value.double()) < 2e-6, name

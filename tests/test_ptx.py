@@ -9,6 +9,7 @@ import pytest
 from support.ptx import Kernel
 from support.ptx_memory import PtxError, Region
 from support.ptx_runs import ORDERS, outcomes
+from support.ptx_text import split
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or sys.platform != "linux",
@@ -295,8 +296,11 @@ def test_a_copy_is_poison_until_the_wait():
         ("trap;", "gave up"),
         ("add.s32 %r4, %r99x, 1;", "not a register or a number"),
         ("frobnicate.b32 %r4, %r0;", "unknown instruction: frobnicate.b32 %r4, %r0"),
-        ("add.rz.f32 %r4, %r0, %r0;", "unknown modifier .rz: add.rz.f32"),
+        ("add.rna.f32 %r4, %r0, %r0;", "unknown modifier .rna: add.rna.f32"),
+        ("div.rz.f32 %r4, %r0, %r0;", "unknown rounding: div.rz.f32"),
         ("wgmma.fence.sync.aligned;", "unknown instruction: wgmma.fence"),
+        ("cvta.shared.u64 %d5, %d4;", "generic addresses of shared memory"),
+        ("brx.idx %r0, $nowhere;", "no labels, in: brx.idx"),
     ],
 )
 def test_what_is_refused(body, message, monkeypatch):
@@ -325,6 +329,120 @@ def test_parameters_and_the_wide_store():
     got = run(body)[0].view(np.uint32).reshape(-1, 2)
     assert (got[:, 0].view(np.float32) == 0.5).all()
     assert np.array_equal(got[:, 1], np.arange(64))
+
+
+SEVERAL = """
+.version 9.0
+.target sm_80
+.address_size 64
+.const .align 4 .b8 table[16] = {0, 0, 128, 63, 0, 0, 0, 64, 0, 0, 64, 64};
+.extern .shared .align 16 .b8 memory[];
+.func (.param .b32 out) unused(.param .b32 in) { .local .align 4 .b8 large[4000]; ret; }
+.visible .entry first(.param .u64 .ptr .align 1 first_0) .maxntid 32, 1, 1
+{
+    .shared .align 4 .b8 own[400];
+    ret;
+}
+.entry second(
+    .param .u32 second_0,
+    .param .align 8 .b8 second_1[24],
+    .param .f32 second_2
+)
+{
+    .reg .b32 %r<20>;
+    .reg .f32 %f<9>;
+    .reg .b64 %rd<9>;
+    ld.param.u64 %rd1, [second_1+16];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, %tid.y;
+    mov.u32 %r3, %tid.z;
+    mov.u32 %r4, %ntid.y;
+    mad.lo.u32 %r5, %r3, %r4, %r2;
+    mov.u32 %r6, %ntid.x;
+    mad.lo.u32 %r5, %r5, %r6, %r1;
+    mul.wide.u32 %rd2, %r5, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    // A number of the struct for each thread, one of the table for each in x, and the argument.
+    and.b32 %r7, %r5, 3;
+    mul.wide.u32 %rd4, %r7, 4;
+    mov.b64 %rd5, second_1;
+    add.s64 %rd6, %rd5, %rd4;
+    ld.param.f32 %f1, [%rd6];
+    mul.wide.u32 %rd7, %r1, 4;
+    mov.u64 %rd8, table;
+    add.s64 %rd8, %rd8, %rd7;
+    ld.const.f32 %f2, [%rd8];
+    ld.param.f32 %f3, [second_2];
+    add.f32 %f4, %f1, %f2;
+    add.f32 %f4, %f4, %f3;
+    st.global.f32 [%rd3], %f4;
+    ret;
+}
+"""
+
+
+def test_one_kernel_of_several():
+    """With a struct for an argument, and threads in three dimensions."""
+    out = np.zeros(64, np.float32)
+    struct = np.array([10, 20, 30, 40], np.float32).tobytes() + np.uint64(out.ctypes.data).tobytes()
+    kernel = Kernel(SEVERAL, "second")
+    assert (kernel.static_shared, kernel.local) == (0, 0)
+    kernel.launch((1, 1, 1), (4, 8, 2), [7, struct, 0.5], [region(out)])
+    thread = np.arange(64)
+    want = 10 * (thread % 4 + 1) + np.array([1, 2, 3, 0])[thread % 4] + 0.5
+    assert np.array_equal(out, want)
+    with caught("20 bytes for the 24 of parameter second_1"):
+        kernel.launch((1, 1, 1), 32, [7, struct[4:], 0.5], [])
+    with caught("out of bounds: 1 lanes access 8 bytes"):
+        Kernel(SEVERAL.replace("second_1+16", "second_1+32"), "second").launch(
+            (1, 1, 1), 32, [7, struct, 0.5], [region(out)]
+        )
+
+
+def test_kernels_have_names():
+    assert set(split(SEVERAL)) == {"first", "second"}
+    assert Kernel(SEVERAL, "first").static_shared == 400
+    with caught("no kernel third"):
+        Kernel(SEVERAL, "third")
+    with caught("2 kernels in the text"):
+        Kernel(SEVERAL)
+
+
+def test_launch_bounds():
+    first = Kernel(SEVERAL, "first")
+    assert first.launch((1, 1, 1), 32, [0], []) == 2
+    with caught("64 threads in a block; 32 are the most"):
+        first.launch((1, 1, 1), 64, [0], [])
+
+
+CHOICE = """
+    @{guard} bra.uni $after;
+    $list: .branchtargets $zero, $one, $zero, $three;
+    and.b32 %r4, %r0, {mask};
+    mov.b32 %r5, 50;
+    {choose}brx.idx %r4, $list;
+    bra.uni $end;
+    $zero: mov.b32 %r5, 10; bra.uni $end;
+    $one: mov.b32 %r5, 11; bra.uni $end;
+    $three: mov.b32 %r5, 13;
+    $end:
+    bar.warp.sync -1;
+    cvt.u64.u32 %d5, %r5;
+    st.global.b64 [%d3], %d5;
+    $after:
+"""
+
+
+def test_a_jump_to_a_place_for_each_thread():
+    skip = "setp.ge.s32 %p1, %r1, 2;\n setp.lt.u32 %p2, %r0, 40;\n"
+    choice = CHOICE.replace("{guard}", "%p1")
+    body = skip + choice.format(mask=3, choose="")
+    want = np.array([10, 11, 10, 13])[np.arange(64) % 4]
+    assert np.array_equal(run(body, blocks=3), [want, want, np.full(64, -7)])
+    some = skip + choice.format(mask=3, choose="@%p2 ")
+    assert np.array_equal(run(some)[0], np.where(np.arange(64) < 40, want, 50))
+    with caught("gave up"):
+        run(skip + choice.format(mask=7, choose=""))
 
 
 def test_atomics_take_turns():
@@ -523,6 +641,34 @@ def test_arithmetic_of_float32():
         a, b = np.array(pairs, np.float32).T
         got = np.array(got, np.uint32).view(np.float32)
         assert np.array_equal(got, function(a, b).astype(np.float32), equal_nan=True), instruction
+
+
+def test_sums_and_products_are_rounded_once():
+    """``a * b`` is 1 + 2^-11 + 2^-24, halfway between two numbers; what is added decides."""
+    a = 1 + 2**-12
+    near, up = 1 + 2**-11, 1 + 2**-11 + 2**-23
+    for instruction, c, want in [
+        ("fma.rn", 2**-60, up),
+        ("fma.rn", -(2**-60), near),
+        ("fma.rn", 0.0, near),
+        ("fma.rm", 2**-60, near),
+        ("fma.rp", -(2**-60), up),
+        ("fma.rz", 2**-60, near),
+    ]:
+        got = results_of(f"{instruction}.f32 %r6, %r4, %r4, %r5", [(bits_of(a), bits_of(c))])
+        assert list(map(as_float, got)) == [want], (instruction, c)
+    pairs = [(bits_of(x), bits_of(y)) for x, y in ((1.0, 2**-40), (-1.0, -(2**-40)))]
+    for instruction, want in {
+        "add.rm": [1, -1 - 2**-23],
+        "add.rp": [1 + 2**-23, -1],
+        "add.rz": [1, -1],
+        "sub.rz": [1 - 2**-24, -1 + 2**-24],
+    }.items():
+        got = results_of(f"{instruction}.f32 %r6, %r4, %r5", pairs)
+        assert list(map(as_float, got)) == want, instruction
+    values = [(bits_of(x), 0) for x in (-1.0, 0.25, 3.0, math.nan)]
+    got = results_of("cvt.sat.f32.f32 %r6, %r4", values)
+    assert list(map(as_float, got)) == [0, 0.25, 1, 0]
 
 
 def test_halves():

@@ -6,8 +6,8 @@ from support.convolutions import DIRECTIONS, Sizes, ids, operands, projection, t
 from support.numerics import (
     DTYPES,
     EPS,
+    GPU_DEVICE,
     TF32,
-    TRITON_DEVICE,
     alike,
     error,
     limit,
@@ -15,6 +15,7 @@ from support.numerics import (
 )
 from support.planted_faults import DUPLICATES, NUMBERS, OUTSIDE, RACE, Fault, faults, planted
 
+from fastgan import gpu
 from fastgan.ops import triton
 from fastgan.ops.activation import ACTIVATIONS
 
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("honest_triton", "nan_outputs", "fp32_precision"),
 ]
 if not triton.missing_reasons():
-    from fastgan.kernels import bn_act, common
+    from fastgan.kernels import bn_act
     from fastgan.kernels import conv as kernels
 
     # Of which even small problems have several in each dimension, and the last ones in part.
@@ -70,12 +71,12 @@ def run(problem, tile, direction, sizes, operands, bias=None, activation="none",
     """By the kernels, with what is around the operands in memory full of NaN."""
 
     def placed(x):
-        return None if x is None else alike(x, x.dtype, TRITON_DEVICE, margin=64)
+        return None if x is None else alike(x, x.dtype, GPU_DEVICE, margin=64)
 
     low, high, weight = map(placed, operands)
     shapes = {"fprop": sizes.low, "dgrad": sizes.high, "wgrad": sizes.weight}
     n, c, h, w = shapes[direction]
-    out = common.empty_images(low, n, c, h, w, low.dtype)
+    out = gpu.empty_images(low, n, c, h, w)
     if direction == "wgrad":
         kernels.conv_wgrad(problem, tile, low, high, out)
     else:
@@ -166,7 +167,7 @@ def test_tiles_that_are_taken_for_much_work(monkeypatch):
 
 @pytest.fixture
 def seven_multiprocessors(monkeypatch):
-    monkeypatch.setattr(common, "multiprocessors", lambda device: 7)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -192,7 +193,7 @@ def test_wgrad_in_parts(seven_multiprocessors, sizes, dtype):
      (10**6, 32, 264, 132, 1), (10**6, 32, 5, 132, 53), (10**6, 32, 1, 1, 2)],
 )  # fmt: skip
 def test_parts_hold_all_rows(monkeypatch, rows, k, tiles, multiprocessors, parts):
-    monkeypatch.setattr(common, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: multiprocessors)
     got, part_rows = kernels._parts(rows, k, tiles, torch.device("cpu"))
     assert got == parts
     assert (got - 1) * part_rows < rows <= got * part_rows
@@ -202,8 +203,8 @@ def test_parts_hold_all_rows(monkeypatch, rows, k, tiles, multiprocessors, parts
 def check_sums(parts):
     size = 37
     sums = torch.randn(parts, size, generator=torch.Generator().manual_seed(0))
-    out = torch.full((size,), torch.nan, dtype=torch.bfloat16, device=TRITON_DEVICE)
-    on_device = alike(sums, sums.dtype, TRITON_DEVICE, margin=64)
+    out = torch.full((size,), torch.nan, dtype=torch.bfloat16, device=GPU_DEVICE)
+    on_device = alike(sums, sums.dtype, GPU_DEVICE, margin=64)
     kernels._conv_wgrad_sum_kernel[(3,)](on_device, out, parts, size, BP=2, BLOCK=16)
     want = sums.double().sum(0)
     assert error(out.cpu(), want) <= limit(want.bfloat16(), want)
@@ -253,7 +254,7 @@ def statistics(sizes, direction, groups, tile, dtype=torch.float32, weight=1.0, 
     problem = problem_of(sizes, groups, dtype)
     low, high, weights = operands(sizes, dtype)
     channels = sizes.ch if direction == "dgrad" else sizes.cl
-    stats = common.empty(low.to(TRITON_DEVICE), (problem.stats_tiles(direction), 3, channels))
+    stats = gpu.empty(low.to(GPU_DEVICE), problem.stats_tiles(direction), 3, channels)
     tensors = low, high, weights * weight
     y = run(problem, tile, direction, sizes, tensors, bias, stats=stats).double()
     return problem, stats.cpu(), y
@@ -321,8 +322,8 @@ def test_statistics_of_a_large_mean_and_a_small_deviation(sizes, direction):
     bias = torch.full((channels,), mean)
     tile = kernels.Tile(64, 32, 16, 4, 2)
     _, stats, y = statistics(sizes, direction, 2, tile, weight=scale, bias=bias)
-    got, var, invstd = (common.empty(stats.to(TRITON_DEVICE), (2, channels)) for _ in range(3))
-    bn_act.bn_merge(stats.to(TRITON_DEVICE), 1e-5, got, var, invstd, 2)
+    got, var, invstd = (gpu.empty(stats.to(GPU_DEVICE), 2, channels) for _ in range(3))
+    bn_act.bn_merge(stats.to(GPU_DEVICE), 1e-5, got, var, invstd, 2)
     # Of its deviation, y's own rounding is four times as much; plain sums are off by hundreds.
     allowed = EPS * mean / deviation / 4
     for g, part in enumerate(y.chunk(2)):

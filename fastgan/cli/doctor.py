@@ -68,8 +68,8 @@ def run(argv: list[str]) -> int:
 
 
 def _print_backends() -> None:
+    from fastgan.gpu import OPS
     from fastgan.ops.backend import BACKENDS, machine_reasons, resolve_backend, unsupported_reasons
-    from fastgan.ops.triton import OPS
 
     print("backends:")
     for name in BACKENDS:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgan.ops import cpp, triton
-from fastgan.ops.backend import select_backend
+from fastgan import gpu
+from fastgan.gpu import empty_images
+from fastgan.ops import cpp, cuda, triton
+from fastgan.ops.backend import fastest_backend, select_backend
 
 
 def augment_reference(
@@ -24,22 +26,29 @@ def augment_reference(
 
 @torch.library.custom_op("fastgan::augment_forward", mutates_args=())
 def augment_forward(
-    images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype
+    images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """The formula above. Arguments as in :func:`augment`."""
+    """The formula above. Arguments as in :func:`augment`; ``backend`` may be ``auto``."""
     m, h, w, c = images.shape
-    out = triton.empty_images(images, m if index is None else len(index), c, h, w, dtype=dtype)
-    triton.kernels("augment").augment_forward(
-        images.contiguous(),
-        None if index is None else index.contiguous(),
-        None if flip is None else flip.contiguous(),
-        out,
-    )
-    return out
+    n = m if index is None else len(index)
+    given = images.contiguous(), cpp.contiguous(index), cpp.contiguous(flip)
+
+    def run(backend: str) -> Tensor:
+        out = empty_images(images, n, c, h, w, dtype=dtype)
+        if backend == "triton":
+            triton.kernels("augment").augment_forward(*given, out)
+        else:
+            cuda.launch("augment_forward", *map(cuda.aligned, given), out)
+        return out
+
+    key = f"n{n} {h}x{w}x{c} {dtype} index {index is not None} flip {flip is not None}"
+    return run(fastest_backend(backend, "augment", key, run, images, index, flip))
 
 
 @augment_forward.register_fake
-def _(images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _(
+    images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype, backend: str
+) -> Tensor:
     m, h, w, c = images.shape
     n = m if index is None else index.shape[0]
     return cpp.fake_images(images, n, c, h, w, dtype)
@@ -71,11 +80,9 @@ def augment(
         x = images[index].permute(0, 3, 1, 2)
         torch.where(flip[:, None, None, None], x.flip(3), x).to(dtype) / 127.5 - 1
     """
-    if (
-        images.dtype == torch.uint8
-        and dtype in triton.DTYPES
-        and images.ndim == 4
-        and select_backend("augment", images, index, flip) == "triton"
-    ):
-        return augment_forward(images, index, flip, dtype)
-    return augment_reference(images, index, flip, dtype)
+    backend = "reference"
+    if images.dtype == torch.uint8 and dtype in gpu.DTYPES and images.ndim == 4:
+        backend = select_backend("augment", images, index, flip)
+    if backend == "reference":
+        return augment_reference(images, index, flip, dtype)
+    return augment_forward(images, index, flip, dtype, backend)

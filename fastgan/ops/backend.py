@@ -1,32 +1,34 @@
 """Which implementation runs an op.
 
-``reference`` is plain torch on any device; ``cpp`` the C++ kernels for the CPU; ``triton`` the
-Triton kernels for GPUs, or on the CPU under Triton's interpreter. ``cuda`` is known, so that asking
-for it is answered with the reason and not with "unknown".
+``reference`` is plain torch on any device; ``cpp`` the C++ kernels for the CPU; ``cuda`` the CUDA
+kernels and ``triton`` the Triton kernels for GPUs, the latter on the CPU too under Triton's
+interpreter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from fastgan import gpu
 from fastgan.choices import Backend
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import cpp, triton
+from fastgan.ops import cpp, cuda, triton, tuning
 
 logger = logging.getLogger("fastgan")
 
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
-# In the order in which `auto` tries them.
-_PREFERRED = ("cpp", "triton", "reference")
-_NOT_BUILT = {"cuda": "the CUDA C++ kernels are not part of this version"}
+# Among what `auto` chooses by the device of the tensors, the likeliest first.
+_KERNELS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_MODULES: dict[str, Any] = {"cpp": cpp, "triton": triton, "cuda": cuda}
 
 _current: ContextVar[str] = ContextVar("fastgan_backend", default="auto")
 
@@ -39,11 +41,7 @@ def machine_reasons(backend: str) -> list[str]:
     """
     if backend not in BACKENDS:
         raise InputError(f"backend: unknown {backend!r}; choose auto, {', '.join(BACKENDS)}")
-    if backend == "cpp":
-        return cpp.missing_reasons()
-    if backend == "triton":
-        return triton.missing_reasons()
-    return [_NOT_BUILT[backend]] if backend in _NOT_BUILT else []
+    return [] if backend == "reference" else _MODULES[backend].missing_reasons()
 
 
 def unsupported_reasons(op: str, backend: str, *tensors: Tensor | None) -> list[str]:
@@ -61,8 +59,9 @@ def unsupported_reasons(op: str, backend: str, *tensors: Tensor | None) -> list[
     if reasons or backend == "reference":
         return reasons
     given = [tensor for tensor in tensors if tensor is not None]
-    if backend == "triton":
-        return triton.unsupported_reasons(op, *given) + _dtype_reasons(given, triton.DTYPES, op)
+    if backend != "cpp":
+        own: list[str] = _MODULES[backend].unsupported_reasons(op, *given)
+        return own + _dtype_reasons(given, gpu.DTYPES, op)
     if op not in cpp.OPS:
         return [f"{op} has no C++ kernel; torch's is used"]
     devices = {tensor.device.type for tensor in given} - {"cpu"}
@@ -133,7 +132,9 @@ def requested_backend() -> str:
 
 
 def select_backend(op: str, *tensors: Tensor | None) -> str:
-    """The backend that runs ``op`` on ``tensors``: ``reference``, ``cpp`` or ``triton``.
+    """The backend that runs ``op`` on ``tensors``, or ``auto`` where several can.
+
+    Of those :func:`fastest_backend` takes one.
 
     Raises:
         NotBuiltError: a backend was asked for by name that cannot; the message says why.
@@ -146,15 +147,43 @@ def select_backend(op: str, *tensors: Tensor | None) -> str:
         # Autocast is torch's own choice of dtypes for torch's own ops.
         return "reference"
     if requested == "auto":
-        # The interpreter is for whoever asks for it.
-        names = [name for name in _PREFERRED if name != "triton" or device == "cuda"]
-        return next(name for name in names if not unsupported_reasons(op, name, *tensors))
+        names = _fitting(op, device, *tensors)
+        return "auto" if len(names) > 1 else next(iter(names), "reference")
     if requested == "cpp" and op not in cpp.OPS:
         return "reference"
     reasons = unsupported_reasons(op, requested, *tensors)
     if reasons:
         raise NotBuiltError(f"backend={requested!r}: {op}: {'; '.join(reasons)}; use 'auto'")
     return requested
+
+
+def kernels_of(backend: str, device: torch.device) -> list[str]:
+    """What ``backend`` stands for on ``device``: itself, or all kernels that ``auto`` has there."""
+    if backend != "auto":
+        return [backend]
+    return [name for name in _KERNELS.get(device.type, ()) if not machine_reasons(name)]
+
+
+def _fitting(op: str, device: str, *tensors: Tensor | None) -> list[str]:
+    return [n for n in _KERNELS.get(device, ()) if not unsupported_reasons(op, n, *tensors)]
+
+
+def fastest_backend(
+    backend: str, op: str, key: str, run: Callable[[str], object], *tensors: Tensor | None
+) -> str:
+    """``backend``, or for ``auto`` that of those which can run ``op`` that measures fastest.
+
+    Args:
+        key: what the time depends on: the pass, the sizes.
+        run: computes it on the backend of a name, without other effects.
+        tensors: the arguments, at least one of them given.
+    """
+    if backend != "auto":
+        return backend
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    names = _fitting(op, device.type, *tensors)
+    ways: dict[str, Callable[[], object]] = {n: functools.partial(run, n) for n in names}
+    return tuning.fastest(f"{op} {key}", ways, names, device)
 
 
 _said: set[str] = set()
@@ -167,8 +196,9 @@ def say_left_to_reference(what: str) -> None:
 
 def say_missing_kernels(device: torch.device) -> None:
     """Log, once, why ``auto`` on ``device`` has no kernels of our own to choose from."""
-    name = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
-    if name and (reasons := machine_reasons(name)):
+    names = _KERNELS.get(device.type, ())
+    reasons = [reason for name in names for reason in machine_reasons(name)]
+    if names and not kernels_of("auto", device):
         _say_once(f"plain PyTorch runs the step: {'; '.join(reasons)}")
 
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import InputError
-from fastgan.ops import cpp, triton
+from fastgan.gpu import empty, empty_images
+from fastgan.ops import cpp, cuda, triton
 from fastgan.ops.activation import ACTIVATIONS
-from fastgan.ops.backend import select_backend
+from fastgan.ops.backend import fastest_backend, kernels_of, select_backend
 
 
 def bn_act_reference(
@@ -66,25 +67,113 @@ def bn_act_forward(
     Args:
         stats: ``[tiles, 3, C]`` as of :func:`fastgan.ops.conv.conv_forward`, where the kernel that
             made ``x`` has summed it already.
-        backend: ``cpp`` or ``triton``.
+        backend: ``cpp``, ``triton``, ``cuda``, or ``auto`` for the fastest.
 
     Returns:
         ``y``, and ``mean``, ``invstd``, biased ``var``, each float32 ``[groups, C]``, or ``[1, C]``
         and the running ones in evaluation.
     """
     x, weight, bias = cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
-    own = backend == "triton"
-    if training:
-        statistics = _triton_statistics if own else _cpp_statistics
-        mean, invstd, var = statistics(x, stats, eps, groups)
-    else:
+    mean = invstd = var = None
+    if not training:
         assert running_mean is not None
         assert running_var is not None
         mean, var = torch.stack([running_mean]).float(), torch.stack([running_var]).float()
         invstd = (var + eps).rsqrt_()
-    apply = _triton_apply if own else _cpp_apply
-    y = apply(x, mean, invstd, weight, bias, activation, negative_slope)
+    arguments = x, mean, invstd, var, weight, bias, stats, eps, groups, activation, negative_slope
+
+    def run(backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _FORWARD[backend](*arguments)
+
+    tiles = 0 if stats is None else len(stats)
+    key = f"forward {_key(x, groups)} training {training} tiles {tiles}"
+    return run(fastest_backend(backend, "bn_act", key, run, x))
+
+
+def _key(x: Tensor, groups: int) -> str:
+    """What the time of any pass depends on."""
+    n, c, h, w = x.shape
+    return f"n{n} {c}x{h}x{w} groups {groups} {x.dtype}"
+
+
+def _cpp_forward(
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor | None,
+    eps: float,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``y``, ``mean``, ``invstd``, ``var``, of which the latter may be given."""
+    if mean is None or invstd is None or var is None:
+        mean, invstd, var = _cpp_statistics(x, stats, eps, groups)
+    y = _cpp_apply(x, mean, invstd, weight, bias, activation, negative_slope)
     return y, mean, invstd, var
+
+
+def _triton_forward(
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor | None,
+    eps: float,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`_cpp_forward`."""
+    if mean is None or invstd is None or var is None:
+        mean, invstd, var = _triton_statistics(x, stats, eps, groups)
+    y = empty_images(x, *x.shape)
+    triton.kernels("bn_act").bn_act_forward(
+        x, mean, invstd, weight, bias, activation, negative_slope, y
+    )
+    return y, mean, invstd, var
+
+
+def _cuda_forward(
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor | None,
+    eps: float,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`_cpp_forward`, the statistics finished by the kernel that normalises."""
+    x, weight, bias = cuda.aligned(x), cuda.aligned(weight), cuda.aligned(bias)
+    tiles = None
+    if mean is None or invstd is None or var is None:
+        tiles = _cuda_tiles(x, stats, groups)
+        mean, invstd, var = (empty(x, groups, x.shape[1]) for _ in range(3))
+    y, act = empty_images(x, *x.shape), (cpp.ACTIVATION_CODES[activation], negative_slope)
+    cuda.launch("bn_act_forward", x, tiles, eps, mean, invstd, var, weight, bias, *act, y)
+    return y, mean, invstd, var
+
+
+def _cuda_tiles(x: Tensor, stats: Tensor | None, groups: int) -> Tensor:
+    """Statistics of few enough tiles for the kernel that normalises to merge."""
+    k, c = cuda.kernels(), x.shape[1]
+    if stats is None or len(stats) == 0:
+        tiles = k.bn_tiles(groups, x.numel() // (groups * c), c, cuda.dtype_name(x))
+        stats = empty(x, groups * tiles, 3, c)
+        cuda.launch("bn_stats", x, stats, groups)
+    elif len(stats) > groups * k.bn_most_tiles():
+        many, stats = stats, empty(x, groups * k.bn_most_tiles(), 3, c)
+        cuda.launch("bn_fold", many, stats, groups)
+    return stats
 
 
 def _cpp_statistics(
@@ -107,9 +196,9 @@ def _triton_statistics(
     """``mean``, ``invstd`` and ``var``, of ``stats`` where there are any."""
     k, c = triton.kernels("bn_act"), x.shape[1]
     if stats is None or len(stats) == 0:
-        stats = triton.empty(x, groups * k.stats_tiles(groups, x.numel() // (groups * c), c), 3, c)
+        stats = empty(x, groups * k.stats_tiles(groups, x.numel() // (groups * c), c), 3, c)
         k.bn_stats(x, stats, groups)
-    mean, invstd, var = (triton.empty(x, groups, c) for _ in range(3))
+    mean, invstd, var = (empty(x, groups, c) for _ in range(3))
     k.bn_merge(stats, eps, mean, var, invstd, groups)
     return mean, invstd, var
 
@@ -139,15 +228,12 @@ def _cpp_apply(
     return y
 
 
-def _triton_apply(x: Tensor, *arguments: Any) -> Tensor:
-    y = triton.empty_images(x, *x.shape)
-    triton.kernels("bn_act").bn_act_forward(x, *arguments, y)
-    return y
-
-
 def _cpp_shape(x: Tensor, groups: int) -> Any:
     c = x.shape[1]
     return cpp.kernels().BatchNormShape(groups, x.numel() // (groups * c), c)
+
+
+_FORWARD = {"cpp": _cpp_forward, "triton": _triton_forward, "cuda": _cuda_forward}
 
 
 @bn_act_forward.register_fake
@@ -187,13 +273,26 @@ def bn_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx``, ``dweight``, ``dbias`` from what :func:`bn_act_forward` took and returned."""
     dy, x, weight, bias = cpp.dense(dy), cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
-    if backend == "triton":
-        dx, dweight, dbias = triton.empty_images(x, *x.shape), *_empty_gradients(x, weight, bias)
-        triton.kernels("bn_act").bn_act_backward(
-            dy, x, mean, invstd, weight, bias, training, activation, negative_slope,
-            dx, dweight, dbias,
-        )  # fmt: skip
-        return dx, dweight, dbias
+    arguments = dy, x, mean, invstd, weight, bias, training, activation, negative_slope
+
+    def run(backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        return _BACKWARD[backend](*arguments)
+
+    key = f"backward {_key(x, len(mean))} training {training}"
+    return run(fastest_backend(backend, "bn_act", key, run, x))
+
+
+def _cpp_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
     dx, dweight, dbias = cpp.empty_images(*x.shape), cpp.empty(c), cpp.empty(c)
     cpp.kernels().bn_backward(
@@ -213,6 +312,38 @@ def bn_act_backward(
         torch.get_num_threads(),
     )
     return dx, dweight, dbias
+
+
+def _triton_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    training: bool, activation: str, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dweight, dbias = empty_images(x, *x.shape), *_empty_gradients(x, weight, bias)
+    triton.kernels("bn_act").bn_act_backward(
+        dy, x, mean, invstd, weight, bias, training, activation, negative_slope, dx, dweight, dbias
+    )
+    return dx, dweight, dbias
+
+
+def _cuda_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    training: bool, activation: str, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy, x = cuda.aligned(dy), cuda.aligned(x)
+    weight, bias = cuda.aligned(weight), cuda.aligned(bias)
+    dx, dweight, dbias = empty_images(x, *x.shape), *_empty_gradients(x, weight, bias)
+    groups, c = mean.shape
+    tiles = cuda.kernels().bn_tiles(groups, x.numel() // (groups * c), c, cuda.dtype_name(x))
+    act = training, cpp.ACTIVATION_CODES[activation], negative_slope
+    cuda.launch(
+        "bn_act_backward",
+        *(dy, x, mean, invstd, weight, bias, *act),
+        *(dx, dweight, dbias, empty(x, groups * tiles, 2, c)),
+    )
+    return dx, dweight, dbias
+
+
+_BACKWARD = {"cpp": _cpp_backward, "triton": _triton_backward, "cuda": _cuda_backward}
 
 
 @bn_act_backward.register_fake
@@ -275,10 +406,17 @@ def bn_update_running(
     backend: str,
 ) -> None:
     """Move the running statistics by those of each group, in order, of ``rows`` values each."""
-    if backend == "triton" and running_mean.is_contiguous() and running_var.is_contiguous():
+    # Changed in place, it cannot be measured: `auto` takes the likeliest.
+    backend = kernels_of(backend, mean.device)[0]
+    contiguous = running_mean.is_contiguous() and running_var.is_contiguous()
+    if backend == "triton" and contiguous:
         triton.kernels("bn_act").bn_update_running(
             mean, var, rows, momentum, running_mean, running_var
         )
+        return
+    in_place = all(cuda.aligned(running) is running for running in (running_mean, running_var))
+    if backend == "cuda" and contiguous and in_place:
+        cuda.launch("bn_update_running", mean, var, rows, momentum, running_mean, running_var)
         return
     for group_mean, group_var in zip(mean, var, strict=True):
         running_mean.mul_(1.0 - momentum).add_(group_mean, alpha=momentum)

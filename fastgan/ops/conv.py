@@ -15,7 +15,8 @@ The C++ kernels have the shapes that GANs are made of: 4x4 with stride 2 and pad
 Winograd's minimal filtering F(m, 2) (Winograd 1980; Lavin & Gray 2016,
 https://arxiv.org/abs/1509.09308) or, where the high side has 1 to 4 channels, directly; and a low
 side of 1x1, where it is a matrix product. Other shapes are torch's. The Triton kernels are implicit
-matrix products of any shape.
+matrix products of any shape; the CUDA kernels have the two ends of a network, where one side has 1
+to 4 channels or is 1x1.
 """
 
 from __future__ import annotations
@@ -29,10 +30,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgan import gpu
 from fastgan.errors import InputError
-from fastgan.ops import cpp, triton, tuning
+from fastgan.gpu import empty, empty_images
+from fastgan.ops import cpp, cuda, triton, tuning
 from fastgan.ops.activation import ACTIVATIONS
-from fastgan.ops.backend import requested_backend, say_left_to_reference, select_backend
+from fastgan.ops.backend import (
+    fastest_backend,
+    kernels_of,
+    requested_backend,
+    say_left_to_reference,
+    select_backend,
+)
 
 # The tile on the low side of each way by Winograd; 0 is the direct kernel.
 _TILES = {"winograd4": 4, "winograd3": 3, "winograd2": 2, "thin": 0}
@@ -77,6 +86,20 @@ class _Problem:
 
     def high(self) -> tuple[int, int, int, int]:
         return self.n, self.ch, self.high_h, self.high_w
+
+    def doubles(self) -> bool:
+        """4x4 with stride 2 and padding 1, the high side twice the low one."""
+        sizes = self.kh, self.kw, self.stride, self.padding, self.high_h, self.high_w
+        return sizes == (4, 4, 2, 1, 2 * self.h, 2 * self.w)
+
+    def thin(self) -> bool:
+        """Doubles, and the high side has few channels: the image's end of a network."""
+        return self.doubles() and self.ch <= _MOST_THIN_CHANNELS
+
+    def projection(self) -> bool:
+        """A low side of 1x1 without padding, which is a matrix product."""
+        low = (self.h, self.w, self.padding) == (1, 1, 0)
+        return low and (self.kh, self.kw) == (self.high_h, self.high_w)
 
     def output(self, transposed: bool) -> tuple[int, int, int, int]:
         """The sizes of what comes out of the convolution, transposed or not."""
@@ -146,8 +169,9 @@ class _Epilogue:
 class _Kernels:
     """What can compute one problem: kernels of our own, each a way, and the way ``torch``."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: _Problem, dtype: torch.dtype) -> None:
         self.problem = problem
+        self._dtype = dtype
 
     def ways(self, direction: str) -> tuple[str, ...]:
         """Our own, the likeliest first."""
@@ -244,17 +268,13 @@ class _Cpp(_Kernels):
 
     def ways(self, direction: str) -> tuple[str, ...]:
         p = self.problem
-        kernel, step = (p.kh, p.kw), (p.stride, p.padding)
-        doubles = (p.high_h, p.high_w) == (2 * p.h, 2 * p.w)
-        if kernel == (4, 4) and step == (2, 1) and doubles:
-            if p.ch <= _MOST_THIN_CHANNELS:
-                return ("thin",)
+        if p.thin():
+            return ("thin",)
+        if p.doubles():
             # Tiles that the image fills badly are not worth a measurement.
             tiles = (4, 2) if p.h % 3 or p.w % 3 else (4, 3, 2)
             return tuple(f"winograd{m}" for m in tiles)
-        if (p.h, p.w, p.padding) == (1, 1, 0) and kernel == (p.high_h, p.high_w):
-            return ("matmul",)
-        return ()
+        return ("matmul",) if p.projection() else ()
 
     def _key(self) -> str:
         return f"threads {torch.get_num_threads()}"
@@ -334,8 +354,7 @@ class _Triton(_Kernels):
     """The Triton kernels; a way is a tile of the matrix product."""
 
     def __init__(self, problem: _Problem, dtype: torch.dtype) -> None:
-        super().__init__(problem)
-        self._dtype = dtype
+        super().__init__(problem, dtype)
         self._native = triton.kernels("conv")
         kernel, step = (problem.kh, problem.kw), (problem.stride, problem.padding)
         self._product = self._native.Problem.of(
@@ -346,10 +365,10 @@ class _Triton(_Kernels):
         return tuple(self._tiles(direction))
 
     def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
-        return triton.empty_images(like, *sizes)
+        return empty_images(like, *sizes)
 
     def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
-        return triton.empty(like, *sizes)
+        return empty(like, *sizes)
 
     def stats_tiles(self, transposed: bool) -> int:
         if not self.problem.groups:
@@ -387,13 +406,110 @@ def _tiles_of(product: Any, direction: str) -> dict[str, Any]:
     return {str(tile): tile for tile in (tiles[:1] if triton.interpreted() else tiles)}
 
 
+class _Cuda(_Kernels):
+    """The CUDA kernels: the image's end of a network, and projections; the one way is direct."""
+
+    def ways(self, direction: str) -> tuple[str, ...]:
+        return ("direct",) if self._kind() else ()
+
+    def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
+        return empty_images(like, *sizes)
+
+    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
+        return empty(like, *sizes)
+
+    def stats_tiles(self, transposed: bool) -> int:
+        p = self.problem
+        if not p.groups or not self._kind():
+            return 0
+        return int(self._of_sizes(f"{_direction(transposed)}_stats_tiles", p.groups))
+
+    def _key(self) -> str:
+        return str(self._dtype)
+
+    def _forward(
+        self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
+    ) -> bool:
+        given = end.stats
+        # Tiles may be asked for as other kernels write them.
+        own = given is not None and len(given) == self.stats_tiles(transposed)
+        cuda.launch(
+            f"{self._kind()}_{_direction(transposed)}",
+            max(self.problem.groups, 1),
+            *(cuda.aligned(x), cuda.aligned(weight), cuda.aligned(end.bias)),
+            *(cpp.ACTIVATION_CODES[end.activation], end.negative_slope, out),
+            given if own else None,
+        )
+        if given is not None and not own:
+            self._sum_stats(out, given, transposed)
+        return True
+
+    def _wgrad(self, way: str, low: Tensor, high: Tensor, out: Tensor) -> None:
+        parts = self._of_sizes("wgrad_parts", gpu.multiprocessors(low.device))
+        sums = empty(low, parts, out.numel()) if parts > 1 else None
+        low, high = cuda.aligned(low), cuda.aligned(high)
+        cuda.launch(f"{self._kind()}_wgrad", low, high, out, sums)
+
+    def _sum_stats(self, y: Tensor, stats: Tensor, transposed: bool) -> None:
+        cuda.launch("bn_stats", y, stats, self.problem.groups)
+
+    def _kind(self) -> str:
+        p = self.problem
+        if p.thin():
+            return "thin"
+        return "projection" if p.projection() else ""
+
+    def _of_sizes(self, name: str, other: int) -> int:
+        p = self.problem
+        of = getattr(cuda.kernels(), f"{self._kind()}_{name}")
+        return int(of(p.n, p.cl, p.h, p.w, p.ch, p.high_h, p.high_w, other))
+
+
+class _Either(_Kernels):
+    """Several kernels of our own for one problem, each with its ways."""
+
+    def __init__(self, kernels: list[_Kernels]) -> None:
+        super().__init__(kernels[0].problem, kernels[0]._dtype)
+        self._kernels = kernels
+
+    def ways(self, direction: str) -> tuple[str, ...]:
+        return tuple(way for one in self._kernels for way in one.ways(direction))
+
+    def forward(
+        self, way: str, transposed: bool, x: Tensor, weight: Tensor, end: _Epilogue
+    ) -> Tensor:
+        owner = self._owner(way, _direction(transposed))
+        return owner.forward(way, transposed, x, weight, end)
+
+    def wgrad(self, way: str, low: Tensor, high: Tensor) -> Tensor:
+        return self._owner(way, "wgrad").wgrad(way, low, high)
+
+    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
+        return self._kernels[0].empty_stats(like, *sizes)
+
+    def stats_tiles(self, transposed: bool) -> int:
+        return self._kernels[0].stats_tiles(transposed)
+
+    def _key(self) -> str:
+        return self._kernels[0]._key()
+
+    def _owner(self, way: str, direction: str) -> _Kernels:
+        found = (one for one in self._kernels if way in one.ways(direction))
+        return next(found, self._kernels[0])
+
+
+_KINDS: dict[str, Callable[[_Problem, torch.dtype], _Kernels]] = {
+    "cpp": _Cpp,
+    "triton": _Triton,
+    "cuda": _Cuda,
+}
+
+
 def _kernels(backend: str, problem: _Problem, x: Tensor) -> _Kernels:
-    return _Triton(problem, x.dtype) if _for_triton(backend, x) else _Cpp(problem)
-
-
-def _for_triton(backend: str, x: Tensor) -> bool:
-    """Whether ``backend`` stands for the Triton kernels: ``auto`` goes by where ``x`` is."""
-    return backend == "triton" or (backend == "auto" and x.is_cuda)
+    # The Triton kernels first, where there are any: they have every shape, and statistics of each.
+    names = sorted(kernels_of(backend, x.device), reverse=True)
+    found = [_KINDS[name](problem, x.dtype) for name in names]
+    return found[0] if len(found) == 1 else _Either(found)
 
 
 @torch.library.custom_op("fastgan::conv_forward", mutates_args=())
@@ -499,21 +615,29 @@ def act_backward(
 ) -> Tensor:
     """``dy · act'(x)`` from ``y = act(x)``, both ``[N, C, H, W]``; in ``torch.channels_last``."""
     dy, y = cpp.dense(dy), cpp.dense(y)
-    if _for_triton(backend, y):
-        out = triton.empty_images(y, *y.shape)
-        triton.kernels("conv").act_backward(dy, y, activation, negative_slope, out)
+    code = cpp.ACTIVATION_CODES[activation]
+
+    def run(backend: str) -> Tensor:
+        if backend == "cpp":
+            out, threads = cpp.empty_images(*y.shape), torch.get_num_threads()
+            addresses = dy.data_ptr(), y.data_ptr()
+            cpp.kernels().act_backward(
+                y.numel(), *addresses, code, negative_slope, out.data_ptr(), threads
+            )
+            return out
+        out = empty_images(y, *y.shape)
+        if backend == "triton":
+            triton.kernels("conv").act_backward(dy, y, activation, negative_slope, out)
+        else:
+            given = cuda.aligned(dy), cuda.aligned(y)
+            cuda.launch("act_backward", *given, code, negative_slope, out)
         return out
-    out = cpp.empty_images(*y.shape)
-    cpp.kernels().act_backward(
-        y.numel(),
-        dy.data_ptr(),
-        y.data_ptr(),
-        cpp.ACTIVATION_CODES[activation],
-        negative_slope,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+
+    # `auto` stands for one kernel of our own on the CPU.
+    names = kernels_of(backend, y.device)
+    backend = names[0] if len(names) == 1 else backend
+    key = f"act_backward {y.numel()} {activation} {y.dtype}"
+    return run(fastest_backend(backend, "conv", key, run, y))
 
 
 @act_backward.register_fake
@@ -593,10 +717,11 @@ def kernel_backend(
 
 def _has_way(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> bool:
     problem = _forward_problem(x, weight, stride, padding, transposed, 0)
-    if _for_triton(requested_backend(), x):
-        # Any that is not empty.
-        return min(problem.low() + problem.high()) > 0
-    return bool(_Cpp(problem).ways(_direction(transposed)))
+    # One of no output has none.
+    sizes = min(problem.low() + problem.high())
+    if sizes <= 0:
+        return False
+    return bool(_kernels(requested_backend(), problem, x).ways(_direction(transposed)))
 
 
 def conv(

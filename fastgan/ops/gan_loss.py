@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import cpp, triton
-from fastgan.ops.backend import select_backend
+from fastgan.ops import cpp, cuda, triton
+from fastgan.ops.backend import fastest_backend, say_left_to_reference, select_backend
+
+# Of a launch of the CUDA kernel: csrc/cuda/kernels.h.
+_MOST_TARGETS = 64
 
 
 def gan_loss_reference(logits: Tensor, targets: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -39,12 +42,16 @@ def gan_loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss [groups]``, ``d [groups]``, and ``d loss_g / d logit``, shaped as ``logits``."""
     logits = logits.contiguous()
+
+    def run(backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        return _FORWARD[backend](logits, targets)
+
+    key = f"{logits.numel()} groups {len(targets)} {logits.dtype}"
+    return run(fastest_backend(backend, "gan_loss", key, run, logits))
+
+
+def _cpp_forward(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     groups = len(targets)
-    if backend == "triton":
-        loss, d = logits.new_empty(groups), logits.new_empty(groups)
-        dlogits = torch.empty_like(logits)
-        triton.kernels("gan_loss").bce_forward(logits, targets, loss, d, dlogits)
-        return loss, d, dlogits
     loss, d, dlogits = cpp.empty(groups), cpp.empty(groups), cpp.empty(*logits.shape)
     target = torch.tensor(targets, dtype=torch.float32)
     cpp.kernels().bce_forward(
@@ -57,6 +64,25 @@ def gan_loss_forward(
         dlogits.data_ptr(),
     )
     return loss, d, dlogits
+
+
+def _triton_forward(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(logits, len(targets))
+    triton.kernels("gan_loss").bce_forward(logits, targets, *outputs)
+    return outputs
+
+
+def _cuda_forward(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(logits, len(targets))
+    cuda.launch("bce_forward", cuda.aligned(logits), targets, *outputs)
+    return outputs
+
+
+def _outputs(logits: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    return logits.new_empty(groups), logits.new_empty(groups), torch.empty_like(logits)
+
+
+_FORWARD = {"cpp": _cpp_forward, "triton": _triton_forward, "cuda": _cuda_forward}
 
 
 @gan_loss_forward.register_fake
@@ -128,6 +154,10 @@ def gan_loss(
         if not 0.0 <= target <= 1.0:
             raise InputError(f"targets: {target} is not in [0, 1]")
     backend = select_backend("gan_loss", logits)
+    if backend in ("cuda", "auto") and len(targets) > _MOST_TARGETS:
+        if backend == "cuda":
+            say_left_to_reference(f"gan_loss of more than {_MOST_TARGETS} groups")
+        backend = "reference"
     if backend == "reference":
         return gan_loss_reference(logits, targets)
     loss, d, _ = gan_loss_forward(logits, list(targets), backend)

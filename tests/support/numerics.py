@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import cuda_host
 from torch import Tensor
 
-from fastgan.ops import cpp, triton
+from fastgan.ops import cpp, cuda, triton
 
 needs_kernels = pytest.mark.skipif(
     bool(cpp.missing_reasons()), reason="; ".join(cpp.missing_reasons())
@@ -16,10 +17,15 @@ needs_kernels = pytest.mark.skipif(
 needs_triton = pytest.mark.skipif(
     bool(triton.missing_reasons()), reason="; ".join(triton.missing_reasons())
 )
-# Where the Triton kernels are tested: on a GPU where there is one, else interpreted.
-TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_find_cuda = cuda if torch.cuda.is_available() else cuda_host
+_without_cuda = _find_cuda.missing_reasons()
+needs_cuda = pytest.mark.skipif(bool(_without_cuda), reason="; ".join(_without_cuda))
+# Where the kernels for GPUs are tested: on a GPU, or else on the CPU, where Triton's are interpreted
+# and CUDA's compiled for it.
+GPU_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPP = pytest.param("cpp", marks=needs_kernels)
 TRITON = pytest.param("triton", marks=needs_triton)
+CUDA = pytest.param("cuda", marks=needs_cuda)
 
 EPS = torch.finfo(torch.float32).eps
 WINOGRAD = 4e-6
@@ -35,7 +41,7 @@ LAYOUTS = ("nchw", "nhwc", "strided")
 
 def device_of(backend: str) -> str:
     """Where the tensors of a test of ``backend`` are."""
-    return TRITON_DEVICE if backend == "triton" else "cpu"
+    return GPU_DEVICE if backend in ("triton", "cuda") else "cpu"
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -16,6 +16,7 @@ depends on time, and the instructions of sm_90 and later.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -33,7 +34,7 @@ from support.ptx_memory import (
     PtxError,
     Region,
 )
-from support.ptx_text import TYPES, Immediate, Registers, parse
+from support.ptx_text import TYPES, UNSIGNED, Parameter, Registers, parse
 
 WarpOrder = Literal["ascending", "descending"]
 
@@ -52,6 +53,7 @@ class Kernel:
         self.name = text.name
         self.parameters = text.parameters
         self.threads = text.threads
+        self.most_threads = text.most_threads
         self.storages = text.storages
         self.special = text.special
         self.constants = text.constants
@@ -72,8 +74,8 @@ class Kernel:
     def launch(
         self,
         grid: tuple[int, int, int],
-        threads: int,
-        arguments: Sequence[int | float],
+        block: int | tuple[int, int, int],
+        arguments: Sequence[int | float | bytes],
         buffers: Sequence[Region],
         *,
         shared: int = 0,
@@ -83,38 +85,52 @@ class Kernel:
 
         Args:
             grid: blocks in x, y, z.
-            threads: of a block, all in x, in whole warps.
-            arguments: a number for each parameter; a pointer is the address.
+            block: its threads in x, y, z or all in x, whole warps of them.
+            arguments: a number for each parameter, or its bytes; a pointer is the address.
             buffers: the only global memory there is.
             shared: bytes of dynamic shared memory.
             warp_order: of the warps of a block, between two barriers.
         """
+        block = (block, 1, 1) if isinstance(block, int) else block
+        threads = math.prod(block)
         if threads % LANES or not 0 < threads <= 1024 or self.threads not in (None, threads):
             raise PtxError(f"{threads} threads in a block; {self.threads} are required")
+        if threads > self.most_threads:
+            raise PtxError(f"{threads} threads in a block; {self.most_threads} are the most")
         if len(arguments) != len(self.parameters):
             raise PtxError(f"{len(arguments)} arguments for {len(self.parameters)} parameters")
         if warp_order not in ("ascending", "descending"):
             raise ValueError(f"no order of warps: {warp_order!r}")
-        parameters = {
-            name: _parameter(type_name, argument)
-            for (type_name, name), argument in zip(self.parameters, arguments, strict=True)
-        }
+        parameters = GlobalMemory([Region(0, _packed(self.parameters, arguments))])
         memory = GlobalMemory([*buffers, *self.constants])
         blocks = np.arange(grid[0] * grid[1] * grid[2])
         steps = 0
         with np.errstate(all="ignore"):
             for first in range(0, blocks.size, BLOCKS_AT_ONCE):
                 some = blocks[first : first + BLOCKS_AT_ONCE]
-                gang = _Gang(self, grid, some, threads, parameters, memory, shared)
+                gang = _Gang(self, grid, some, block, parameters, memory, shared)
                 steps += gang.run(warp_order)
         return steps
 
 
-def _parameter(type_name: str, argument: int | float) -> np.ndarray:
-    dtype = TYPES[type_name]
-    if dtype.kind == "f":
-        return np.array([argument], dtype)
-    return Immediate(int(argument)).reader(dtype)([])
+def _packed(
+    parameters: Sequence[Parameter], arguments: Sequence[int | float | bytes]
+) -> np.ndarray:
+    """The bytes of all arguments, as they lie in the memory of parameters."""
+    data = np.zeros(max((p.start + p.size for p in parameters), default=0), U8)
+    for (name, type_name, start, size), argument in zip(parameters, arguments, strict=True):
+        dtype = TYPES[type_name]
+        if isinstance(argument, bytes):
+            packed = argument
+        elif dtype.kind == "f":
+            packed = np.array(argument, dtype).tobytes()
+        else:
+            bits = int(argument) & ((1 << 8 * dtype.itemsize) - 1)
+            packed = np.array(bits, UNSIGNED[dtype.itemsize]).tobytes()
+        if len(packed) != size:
+            raise PtxError(f"{len(packed)} bytes for the {size} of parameter {name}")
+        data[start : start + size] = np.frombuffer(packed, U8)
+    return data
 
 
 # How a crew stops, if not at a barrier: those have numbers from 0 on.
@@ -130,17 +146,18 @@ class _Gang:
         kernel: Kernel,
         grid: tuple[int, int, int],
         blocks: np.ndarray,
-        threads: int,
-        parameters: dict[str, np.ndarray],
+        block: tuple[int, int, int],
+        parameters: GlobalMemory,
         memory: GlobalMemory,
         shared: int,
     ):
         self.kernel = kernel
         self.grid = grid
         self.blocks = blocks
-        self.threads = threads
-        self.parameters = parameters
+        self.block = block
+        self.threads = threads = math.prod(block)
         self.spaces = {
+            "param": parameters,
             "global": memory,
             "shared": Banks(blocks.size, kernel.static_shared + shared),
             "local": Banks(blocks.size * threads, kernel.local),
@@ -207,7 +224,6 @@ class Crew:
         self.rows = rows
         self.size = rows.size * LANES
         self.registers = registers
-        self.parameters = gang.parameters
         self.pc = pc
         # Where each lane is while they are apart; only a crew of one block lets them part.
         self.pcs: np.ndarray | None = None
@@ -224,28 +240,23 @@ class Crew:
         row = rows.repeat(LANES)
         self._set_special(lane, row)
         self._owners = {
-            "global": np.zeros_like(row),
+            **dict.fromkeys(("param", "global"), np.zeros_like(row)),
             "shared": row.astype(U64),
             "local": (row * gang.threads + warp * LANES + lane).astype(U64),
         }
 
     def _set_special(self, lane: np.ndarray, row: np.ndarray) -> None:
-        x, y, _ = self.gang.grid
-        block = self.gang.blocks[row]
-        values = {
-            "%laneid": lane,
-            "%warpid": np.array([self.warp]),
-            "%tid.x": self.warp * LANES + lane,
-            "%ntid.x": np.array([self.gang.threads]),
-            "%ctaid.x": block % x,
-            "%ctaid.y": block // x % y,
-            "%ctaid.z": block // (x * y),
-        }
-        for axis, size in zip("xyz", self.gang.grid, strict=True):
-            values[f"%nctaid.{axis}"] = np.array([size])
-        for axis in "yz":
-            values[f"%tid.{axis}"] = np.array([0])
-            values[f"%ntid.{axis}"] = np.array([1])
+        values = {"%laneid": lane, "%warpid": np.array([self.warp])}
+        thread, block = self.warp * LANES + lane, self.gang.blocks[row]
+        for of, index, sizes in (
+            ("tid", thread, self.gang.block),
+            ("ctaid", block, self.gang.grid),
+        ):
+            for axis, size in zip("xyz", sizes, strict=True):
+                # One value for all lanes costs less than one for each.
+                values[f"%{of}.{axis}"] = index % size if size > 1 else np.array([0])
+                values[f"%n{of}.{axis}"] = np.array([size])
+                index = index // size
         for name, slot in self.kernel.special.items():
             self.registers[slot] = values[name].astype(U32)
 

@@ -11,34 +11,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import triton
-from support.ptx import Kernel, WarpOrder
+from support.ptx import WarpOrder
+from support.ptx_launches import GRID_LIMITS, SHARED_BYTES, Launch, Runner
 from support.ptx_memory import PtxError, Region
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
-
-# Of one block, by the architecture.
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024}
-GRID_LIMITS = (2**31 - 1, 65535, 65535)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What was launched, and what it took."""
-
-    name: str
-    grid: tuple[int, int, int]
-    warps: int
-    shared: int
-    # Of all warps together.
-    instructions: int
-    ptx: str = field(repr=False)
 
 
 @contextlib.contextmanager
@@ -123,15 +106,12 @@ class _Driver:
         pass
 
 
-class _Runner:
+class _Runner(Runner):
     """Launches compiled kernels in one way."""
 
     def __init__(self, arch: int, warp_order: WarpOrder, edit_ptx: Callable[[str], str] | None):
-        self.launches: list[Launch] = []
+        super().__init__(warp_order, edit_ptx)
         self._shared_bytes = SHARED_BYTES[arch]
-        self._warp_order = warp_order
-        self._edit_ptx = edit_ptx
-        self._kernels: dict[str, Kernel] = {}
 
     def launch(
         self, compiled: CompiledKernel, grid: tuple[int, int, int], arguments: tuple[Any, ...]
@@ -145,23 +125,16 @@ class _Runner:
             raise PtxError("clusters and scratch memory are unknown")
         numbers, buffers = _passed(tuple(compiled.src.signature.values()), arguments)
         ptx = compiled.asm["ptx"]
-        if self._edit_ptx is not None:
-            ptx = self._edit_ptx(ptx)
-        if ptx not in self._kernels:
-            self._kernels[ptx] = Kernel(ptx)
-        kernel = self._kernels[ptx]
         # Two more parameters point to scratch memory that is not asked for.
-        numbers += [0] * (len(kernel.parameters) - len(numbers))
-        executed = kernel.launch(
+        numbers += [0] * (len(self.kernel(ptx)[1].parameters) - len(numbers))
+        self.run(
+            metadata.name,
+            ptx,
             grid,
-            32 * metadata.num_warps,
+            (32 * metadata.num_warps, 1, 1),
             numbers,
             list(buffers.values()),
             shared=metadata.shared,
-            warp_order=self._warp_order,
-        )
-        self.launches.append(
-            Launch(metadata.name, grid, metadata.num_warps, metadata.shared, executed, ptx)
         )
 
 

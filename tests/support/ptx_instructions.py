@@ -45,10 +45,13 @@ def decode(instruction: Instruction, labels: dict[str, int]) -> Step:
             return _branch(instruction, labels)
         if instruction.name in ("ret", "exit"):
             return _leave(instruction)
-        decoder = _decoders.get(instruction.name)
-        if decoder is None:
-            raise PtxError("unknown instruction")
-        step = decoder(instruction)
+        if instruction.name == "brx":
+            step = _branch_if_equal(instruction, labels)
+        else:
+            decoder = _decoders.get(instruction.name)
+            if decoder is None:
+                raise PtxError("unknown instruction")
+            step = decoder(instruction)
     except PtxError as error:
         raise PtxError(f"{error}: {instruction.text}") from None
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -198,6 +201,21 @@ def _branch(instruction: Instruction, labels: dict[str, int]) -> Step:
     return _jump(instruction, lambda crew: target)
 
 
+def _branch_if_equal(instruction: Instruction, labels: dict[str, int]) -> Step:
+    """One label of a ``brx.idx``, or the end of the list."""
+    if not instruction.operands:
+        return _trap(instruction)
+    index, number, label = instruction.operands
+    read, wanted, target = index.reader(U32), U32.type(number.bits), labels[label.text]
+
+    def step(crew: Crew) -> None:
+        taken = crew.full(read(crew.registers) == wanted)
+        # A guard has narrowed the mask, which branch() knows of lanes that are apart only.
+        crew.branch(target, taken if crew.mask is None else taken & crew.mask)
+
+    return step
+
+
 def _leave(instruction: Instruction) -> Step:
     return _jump(instruction, lambda crew: crew.kernel.end)
 
@@ -292,6 +310,8 @@ def _unpack(instruction: Instruction, parts: tuple[Operand, ...], source: Operan
 
 @_decodes("cvta")
 def _cvta(instruction: Instruction) -> Step:
+    if instruction.modifiers[0] == "shared":
+        raise PtxError("generic addresses of shared memory are unknown")
     to, source = instruction.operands
     return _elementwise(_put(to, "b64"), _same, [_bits(source, "b64")])
 
@@ -343,15 +363,17 @@ def _space(instruction: Instruction) -> str:
 def _ld(instruction: Instruction) -> Step:
     space, type_name = _space(instruction), instruction.type
     to, source = instruction.operands[:2]
-    if space == "param":
-        return _ld_param(instruction)
     # No arithmetic is done on what is loaded: bf16 and the like move as bits.
     raw = type_name if type_name in ("s8", "s16", "s32") else f"b{_bits_of(type_name)}"
     puts = [_put(part, raw) for part in _parts(to)]
     address, dtype = source.reader(), TYPES[raw]
 
     def step(crew: Crew) -> None:
-        values = crew.read(space, address(crew.registers), dtype, len(puts))
+        at = address(crew.registers)
+        if space == "param" and at.size == 1:
+            values = crew.gang.spaces[space].read(at, at, dtype, len(puts))
+        else:
+            values = crew.read(space, at, dtype, len(puts))
         for put, value in zip(puts, values, strict=True):
             put(crew, value)
 
@@ -360,19 +382,6 @@ def _ld(instruction: Instruction) -> Step:
 
 def _bits_of(type_name: str) -> int:
     return 8 * TYPES[type_name].itemsize
-
-
-def _ld_param(instruction: Instruction) -> Step:
-    to, source = instruction.operands
-    if source.offset or not isinstance(source.base, Name):
-        raise PtxError("only whole parameters are read")
-    name, dtype = source.base.text, TYPES[instruction.type]
-    put = _put(to, instruction.type)
-
-    def step(crew: Crew) -> None:
-        put(crew, crew.parameters[name].view(dtype))
-
-    return step
 
 
 @_decodes("st")
@@ -757,9 +766,84 @@ def _setp(instruction: Instruction) -> Step:
 # Arithmetic of floating-point numbers.
 
 
+def _sum_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """In float64; what is not exact becomes the neighbour that ends in a set bit.
+
+    To round that again, to fewer bits, gives what one rounding of the exact sum does (Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    total, error = _two_sum(a, b)
+    bits = total.view(I64)
+    even = (error != 0) & np.isfinite(total) & (bits & 1 == 0)
+    return np.where(even, bits + np.where((error > 0) == (total > 0), 1, -1), bits).view(F64)
+
+
 def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """One rounding, but for the rare sum that rounds twice."""
-    return (a.astype(F64) * b + c).astype(a.dtype)
+    """``a * b + c``, rounded once."""
+    if a.dtype == F64:
+        return _fused_double(a, b, c)
+    # The product is exact.
+    product, c = a.astype(F64) * b, c.astype(F64)
+    total = product + c
+    halfway = (total.view(I64) & 0x1FFFFFFF) == 0x10000000
+    subnormal = (np.abs(total) < np.finfo(F32).tiny) & (total != 0)
+    if (halfway | subnormal).any():
+        total = _sum_to_odd(product, c)
+    return total.astype(F32)
+
+
+def _fused_double(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """By the same paper, from the product's rounding error."""
+    high_a, high_b = _upper_half(a), _upper_half(b)
+    low_a, low_b = a - high_a, b - high_b
+    product = a * b
+    rest = low_a * low_b - (product - high_a * high_b - low_a * high_b - high_a * low_b)
+    first, error = _two_sum(c, rest)
+    total, last = _two_sum(product, first)
+    exact = total + _sum_to_odd(error, last)
+    return np.where(np.isfinite(exact), exact, product + c)
+
+
+def _upper_half(a: np.ndarray) -> np.ndarray:
+    """The first 26 bits of the mantissa, rounded (Veltkamp)."""
+    scaled = a * float(2**27 + 1)
+    return scaled - (scaled - a)
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sum, and what rounding it lost."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+# Exact sums and products, in float64 or rounded to odd there.
+_EXACT: dict[str, Function] = {
+    "add": _sum_to_odd,
+    "sub": lambda a, b: _sum_to_odd(a, -b),
+    "mul": np.multiply,
+    "fma": lambda a, b, c: _sum_to_odd(a * b, c),
+}
+
+
+def _directed(name: str, modifier: str) -> Function:
+    """Of float32, rounded down, up or towards zero."""
+    exact = _EXACT[name]
+
+    def compute(*values: np.ndarray) -> np.ndarray:
+        result = exact(*(v.astype(F64) for v in values))
+        nearest = result.astype(F32)
+        if modifier == "rz":
+            return _next_if(np.abs(nearest) > np.abs(result), nearest, 0)
+        if modifier == "rm":
+            return _next_if(nearest > result, nearest, -np.inf)
+        return _next_if(nearest < result, nearest, np.inf)
+
+    return compute
+
+
+def _next_if(wrong: np.ndarray, values: np.ndarray, towards: float) -> np.ndarray:
+    return np.where(wrong, np.nextafter(values, F32.type(towards)), values)
 
 
 def _copysign(sign: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
@@ -795,10 +879,19 @@ def _flushed(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) < np.finfo(F32).tiny, np.copysign(F32.type(0), values), values)
 
 
+def _saturated(values: np.ndarray) -> np.ndarray:
+    """In 0 to 1; NaN becomes 0."""
+    return np.clip(np.where(np.isnan(values), 0, values), 0, 1).astype(values.dtype)
+
+
 def _float_arithmetic(instruction: Instruction) -> Step:
-    instruction.only("rn", "ftz", "approx", "full", "NaN", "sat", "relu")
+    instruction.only("rn", "rm", "rp", "rz", "ftz", "approx", "full", "NaN", "sat", "relu")
     name, modifiers, type_name = instruction.name, instruction.modifiers, instruction.type
     function = _NAN_WINS[name] if "NaN" in modifiers else _FLOAT[name]
+    for modifier in {"rm", "rp", "rz"}.intersection(modifiers):
+        if name not in _EXACT or type_name != "f32":
+            raise PtxError("unknown rounding")
+        function = _directed(name, modifier)
     to, *operands = instruction.operands
     reads = [_reader(o, type_name) for o in operands]
     if "ftz" in modifiers and type_name == "f32":
@@ -811,7 +904,7 @@ def _float_arithmetic(instruction: Instruction) -> Step:
         unlimited = function
 
         def function(*values: np.ndarray) -> np.ndarray:
-            return np.clip(np.nan_to_num(unlimited(*values), nan=0.0), 0, 1)
+            return _saturated(unlimited(*values))
 
     if "relu" in modifiers:
         signed = function
@@ -1098,7 +1191,7 @@ _ROUNDED = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 def _cvt(instruction: Instruction) -> Step:
     instruction.only(*_ROUNDED, *TYPES, "rn", "rna", "ftz", "sat", "relu")
     *modifiers, target, source = instruction.modifiers
-    if target not in TYPES or ("sat" in modifiers and target in _FLOATS):
+    if target not in TYPES or ("sat" in modifiers and target in ("bf16x2", "f16x2", "tf32")):
         raise PtxError("unknown conversion")
     to, *operands = instruction.operands
     if target in ("bf16x2", "f16x2"):
@@ -1135,6 +1228,8 @@ def _conversion(target: str, source: str, modifiers: list[str]) -> Function:
             for function in rounding:
                 x = function(x)
             x = x.astype(computed)
+            if "sat" in modifiers:
+                x = _saturated(x)
             return np.maximum(x, 0) if "relu" in modifiers else x
 
         return to_float

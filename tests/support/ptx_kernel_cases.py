@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from fastgan.benchmarks import machine
-from fastgan.kernels import augment, bn_act, common, conv, gan_loss
+from fastgan.kernels import augment, bn_act, conv, gan_loss
 from support.convolutions import Sizes, projection, torchs
 from support.numerics import EPS, TF32, error
 from support.ptx_driver import running_ptx
@@ -28,6 +28,7 @@ from support.ptx_runs import ORDERS, Edit, Outcome, count, serve, without
 from torch import Tensor
 
 import fastgan
+from fastgan import gpu
 from fastgan.ops.activation import ACTIVATIONS
 
 # What guards shared memory.
@@ -130,7 +131,7 @@ def convolution(
     z = torchs(direction, s, low.double(), high.double(), weight.double())
     out = filled(tuple(z.shape), dtype)
     if direction == "wgrad":
-        with mock.patch.object(common, "multiprocessors", lambda device: multiprocessors):
+        with mock.patch.object(gpu, "multiprocessors", lambda device: multiprocessors):
             conv.conv_wgrad(problem, tile, low, high, out)
         yield Check("weight gradient", out, z, numbers.product)
         return
@@ -578,8 +579,8 @@ LAUNCHED = "kernels"
 
 
 def main() -> None:
-    without_poison = common._empty
-    common._empty = lambda *args: without_poison(*args).fill_(torch.nan)
+    without_poison = gpu._empty
+    gpu._empty = lambda *args: without_poison(*args).fill_(torch.nan)
     serve(
         {
             LAUNCHED: launched,

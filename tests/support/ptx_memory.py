@@ -35,6 +35,8 @@ class Region:
     def write(self, addresses: np.ndarray, values: np.ndarray) -> None:
         """Writes what :meth:`read` would return; of two lanes at one place the later wins."""
         elements, index = self._places(addresses, values.dtype, len(values))
+        if not elements.flags.writeable:
+            raise PtxError("writes to memory that may only be read")
         elements[index] = values
 
     def _places(

@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ORDERS = ("ascending", "descending")
 
 PROCESSES = 2
@@ -47,9 +45,13 @@ def outcomes(program: str, names: Sequence[str], cache: Path) -> dict[str, Outco
 
 def serve(cases: Mapping[str, Callable[[], Outcome]]) -> None:
     """Prints a line of JSON for each case that the command line names."""
-    torch.set_num_threads(1)
+    # There are programs that must not import it.
+    torch = sys.modules.get("torch")
+    if torch:
+        torch.set_num_threads(1)
     for name in sys.argv[1:]:
-        torch.manual_seed(0)
+        if torch:
+            torch.manual_seed(0)
         try:
             outcome = cases[name]()
         except Exception as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from support.ptx_memory import PRED, U8, U16, U32, U64, PtxError, Region
@@ -153,14 +155,24 @@ class Instruction:
                 raise PtxError(f"unknown modifier .{modifier}")
 
 
+class Parameter(NamedTuple):
+    """Where the bytes of a parameter lie among those of all; ``b8`` ones are structs."""
+
+    name: str
+    type: str
+    start: int
+    size: int
+
+
 @dataclass
 class Text:
     """A kernel as it is written."""
 
     name: str
-    # Type and name of each, in order.
-    parameters: list[tuple[str, str]]
+    parameters: list[Parameter]
+    # That a block must have, and may have at most.
     threads: int | None
+    most_threads: int
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     # What each register holds, by slot.
@@ -174,9 +186,14 @@ class Text:
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _LINE = re.compile(r"^\s*\.loc\s+\d+\s+(\d+)[^\n]*$", re.M)
-_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{;]*)\{")
-_PARAMETER = re.compile(r"\.param\s+\.(\w+)\s[^,]*?([\w$]+)\s*(?:,|$)")
-_THREADS = re.compile(r"\.reqntid\s+(\d+)")
+_BRACE = re.compile(r"[{}]")
+_ENTRY = re.compile(r"(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
+_FUNCTION = re.compile(r"(?:\.(?:visible|weak|extern)\s+)?\.func\b[^{;]*([{;])")
+_OUTERMOST = re.compile(f"{_ENTRY.pattern}|{_FUNCTION.pattern}")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s[^,]*?([\w$]+)\s*(?:\[(\d+)\])?\s*(?:,|$)"
+)
+_THREADS = re.compile(r"\.(reqntid|maxntid)((?:\s*,?\s*\d+){1,3})")
 _VARIABLE = re.compile(
     r"\.(global|const|shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)"
     r"(\s*\[\s*\d*\s*\])?\s*(?:=\s*(\{[^}]*\}|[^;]*))?;"
@@ -192,31 +209,74 @@ _SPECIAL = re.compile(r"%(laneid|warpid|(tid|ntid|ctaid|nctaid)\.[xyz])")
 
 def parse(source: str, name: str | None = None) -> Text:
     """The kernel called ``name`` in ``source``, or its only one."""
+    if name is not None:
+        kernels = split(source)
+        if name not in kernels:
+            raise PtxError(f"no kernel {name} in the text")
+        source = kernels[name]
     source = _LINE.sub(r".loc \1;", _COMMENT.sub("", source))
-    entries = [e for e in _ENTRY.finditer(source) if name in (None, e.group(1))]
+    entries = list(_ENTRY.finditer(source))
     if len(entries) != 1:
         raise PtxError(f"{len(entries)} kernels in the text to choose from, not one")
     (entry,) = entries
-    parameters = _PARAMETER.findall(entry.group(2))
-    threads = _THREADS.search(entry.group(3))
-    text = Text(entry.group(1), parameters, int(threads.group(1)) if threads else None)
+    limits = {
+        kind: math.prod(map(int, re.findall(r"\d+", sizes)))
+        for kind, sizes in _THREADS.findall(entry.group(3))
+    }
+    text = Text(
+        entry.group(1),
+        _parameters(entry.group(2) or ""),
+        limits.get("reqntid"),
+        limits.get("maxntid", 1024),
+    )
     body = source[entry.end() : _closing(source, entry.end())]
     _Parser(text, _variables(text, source)).read(body)
     return text
 
 
+def split(source: str) -> dict[str, str]:
+    """By the name of each kernel in ``source`` a text with it and what all kernels share."""
+    source = _COMMENT.sub("", source)
+    shared, start = [], 0
+    kernels = {}
+    while found := _OUTERMOST.search(source, start):
+        shared.append(source[start : found.start()])
+        start = found.end()
+        if found.group().endswith("{"):
+            start = _closing(source, start) + 1
+        name = found.group(1)
+        if name:
+            kernels[name] = source[found.start() : start]
+    head = "".join([*shared, source[start:]])
+    return {name: f"{head}\n{text}\n" for name, text in kernels.items()}
+
+
+def _parameters(text: str) -> list[Parameter]:
+    parameters, start = [], 0
+    for align, type_name, name, count in _PARAMETER.findall(text):
+        item = TYPES[type_name].itemsize
+        start = _aligned(start, int(align or item))
+        parameters.append(Parameter(name, type_name, start, int(count or 1) * item))
+        start += parameters[-1].size
+    return parameters
+
+
+def _aligned(size: int, align: int) -> int:
+    return -(-size // align) * align
+
+
 def _closing(source: str, start: int) -> int:
     depth = 1
-    for brace in re.finditer(r"[{}]", source[start:]):
+    for brace in _BRACE.finditer(source, start):
         depth += 1 if brace.group() == "{" else -1
         if not depth:
-            return start + brace.start()
+            return brace.start()
     raise PtxError("the kernel's last brace is missing")
 
 
 def _variables(text: Text, source: str) -> dict[str, int]:
     """Addresses of the variables; those in shared memory come in order, the sizeless one last."""
-    addresses = {}
+    addresses = {parameter.name: parameter.start for parameter in text.parameters}
     dynamic = []
     for space, align, type_name, name, count, values in _VARIABLE.findall(source):
         dtype = TYPES[type_name]
@@ -226,20 +286,33 @@ def _variables(text: Text, source: str) -> dict[str, int]:
         if space == "shared" and count and not digits:
             dynamic.append(name)
         elif space == "shared":
-            addresses[name] = -(-text.static_shared // align) * align
+            addresses[name] = _aligned(text.static_shared, align)
             text.static_shared = addresses[name] + size
         elif space == "local":
-            addresses[name] = -(-text.local // align) * align
+            addresses[name] = _aligned(text.local, align)
             text.local = addresses[name] + size
         else:
-            numbers = [int(v, 0) for v in values.strip("{} \n").split(",") if v.strip()]
             data = np.zeros(size // dtype.itemsize, dtype)
-            data[: len(numbers)] = numbers
+            numbers = [
+                _number(v.strip(), dtype) for v in values.strip("{} \n").split(",") if v.strip()
+            ]
+            data.view(UNSIGNED[dtype.itemsize])[: len(numbers)] = numbers
+            # What one kernel wrote there another would not see: each has its own.
+            data.flags.writeable = False
             addresses[name] = data.ctypes.data
             text.constants.append(Region(data.ctypes.data, data.view(np.uint8)))
-    text.static_shared = -(-text.static_shared // 16) * 16
+    text.static_shared = _aligned(text.static_shared, 16)
     addresses.update(dict.fromkeys(dynamic, text.static_shared))
     return addresses
+
+
+def _number(text: str, dtype: np.dtype) -> int:
+    """The bits of a number that a variable starts with."""
+    if text[:2] in ("0f", "0F", "0d", "0D"):
+        return int(text[2:], 16)
+    if not _INTEGER.fullmatch(text):
+        raise PtxError(f"a variable starts with {text}, which is not a number")
+    return int(text.rstrip("U"), 0) & ((1 << 8 * dtype.itemsize) - 1)
 
 
 class _Scope:
@@ -259,6 +332,8 @@ class _Parser:
         self._addresses = addresses
         self._scopes = [_Scope()]
         self._line = 0
+        # The labels that a brx.idx goes to, by the name of their list.
+        self._targets: dict[str, tuple[Name, ...]] = {}
 
     def read(self, body: str) -> None:
         at = 0
@@ -270,6 +345,7 @@ class _Parser:
             at = statement.end()
             label, brace, rest = statement.groups()
             if label:
+                last = label
                 self._text.labels[label] = len(self._text.instructions)
             elif brace == "{":
                 self._scopes.append(_Scope())
@@ -279,8 +355,24 @@ class _Parser:
                 self._line = int(rest.split()[1])
             elif rest.startswith(".reg"):
                 self._declare(rest)
+            elif rest.startswith(".branchtargets"):
+                names = rest.removeprefix(".branchtargets").split(",")
+                self._targets[last] = tuple(Name(name.strip()) for name in names)
             elif not rest.startswith("."):
-                self._text.instructions.append(self._instruction(" ".join(rest.split())))
+                instruction = self._instruction(" ".join(rest.split()))
+                if instruction.name == "brx":
+                    self._choose(instruction)
+                else:
+                    self._text.instructions.append(instruction)
+
+    def _choose(self, instruction: Instruction) -> None:
+        """A ``brx.idx`` becomes a branch for each of its labels, and one for no label."""
+        index, name = instruction.operands
+        if name.text not in self._targets:
+            raise PtxError(f"no labels, in: {instruction.text}")
+        choices = [(index, Immediate(i), to) for i, to in enumerate(self._targets[name.text])]
+        for operands in (*choices, ()):
+            self._text.instructions.append(replace(instruction, operands=operands))
 
     def _declare(self, statement: str) -> None:
         type_name, names = _DECLARED.fullmatch(statement).groups()

@@ -1,0 +1,88 @@
+"""The kernels of ``cuda_on_host/toy.cu``, which the tests of the emulator run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from support import cuda_host
+
+SOURCE = Path("tests", "support", "cuda_on_host", "toy.cu")
+
+
+def build_toys(sanitizer: cuda_host.Sanitizer | None = None) -> Path:
+    return cuda_host.build("toys", [SOURCE], sanitizer)
+
+
+class Toys:
+    """The kernels of a build; ``library`` is what :mod:`support.cuda_host` calls a module."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.toy_error_name.restype = ctypes.c_char_p
+
+    def launch(
+        self,
+        kernel: str,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        grid: Sequence[int] = (1, 1, 1),
+        block: Sequence[int] = (32, 1, 1),
+        shared: int = 0,
+    ) -> str:
+        """The name of the launch's error.
+
+        Raises:
+            RuntimeError: the emulator refuses what the kernel does.
+        """
+        message = ctypes.create_string_buffer(1000)
+        error = self.library.toy_launch(
+            kernel.encode(),
+            ctypes.c_void_p(x.ctypes.data),
+            ctypes.c_void_p(y.ctypes.data),
+            ctypes.c_int(x.size),
+            (ctypes.c_uint * 3)(*grid),
+            (ctypes.c_uint * 3)(*block),
+            ctypes.c_size_t(shared),
+            message,
+            ctypes.c_size_t(len(message)),
+        )
+        if error == -1:
+            raise RuntimeError(message.value.decode())
+        assert error >= 0, f"there is no kernel {kernel}"
+        return str(self.library.toy_error_name(error).decode())
+
+
+def numbers(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(count).astype(np.float32)
+
+
+def run(path: str, kernel: str, size: str, grid: str, threads: str) -> None:
+    """A kernel on ``size`` numbers, with a float of shared memory a thread."""
+    _launch(Toys(path), kernel, numbers(int(size)), int(grid), int(threads))
+
+
+def run_right_ones(path: str) -> None:
+    """Kernels that break no rule, twice in each order, the second reading what the first wrote."""
+    toys, x = Toys(path), numbers(512)
+    for order in cuda_host.ORDERS:
+        with cuda_host.order(toys.library, order):
+            for kernel in ("turn<true>", "add<32, true>", "neighbour<true>", "ballot", "halves"):
+                _launch(toys, kernel, _launch(toys, kernel, x, 4, 128), 4, 128)
+    # A launch that is given up halfway leaves nothing behind.
+    for kernel in ("some_at_barrier", "returned_lane"):
+        with contextlib.suppress(RuntimeError):
+            _launch(toys, kernel, x, 1, 128)
+            raise AssertionError(f"{kernel} was not refused")
+        _launch(toys, "turn<true>", x, 4, 128)
+
+
+def _launch(toys: Toys, kernel: str, x: np.ndarray, grid: int, threads: int) -> np.ndarray:
+    y = np.zeros_like(x)
+    error = toys.launch(kernel, x, y, grid=(grid, 1, 1), block=(threads, 1, 1), shared=4 * threads)
+    assert error == "cudaSuccess"
+    return y
