@@ -102,7 +102,7 @@ __global__ __launch_bounds__(Square::kThreads) void thin_fprop_kernel(const T* h
   finish<Square, N>(sums, out, low);
 }
 
-template <class T, int N>
+template <class T>
 __global__ __launch_bounds__(Square::kThreads) void thin_wgrad_kernel(const T* low, const T* high,
                                                                       float* shares, T* dweight,
                                                                       ConvShape s, int parts) {
@@ -115,7 +115,8 @@ __global__ __launch_bounds__(Square::kThreads) void thin_wgrad_kernel(const T* l
   float sums[Square::kThreadRows][Square::kThreadColumns];
   multiply<Square>(Dense<T, false>{low + row, s.cl - row, s.cl},
                    Taps<T>{high, s, pixels, taps, end}, begin, end, sums);
-  finish_part<Square, N>(sums, s.cl, kTaps * s.ch, part, parts, shares, dweight);
+  // Rows of 16 taps are a multiple of any vector.
+  finish_part<Square, kWidest<T>>(sums, s.cl, kTaps * s.ch, part, parts, shares, dweight);
 }
 
 // dgrad: a block makes 32x32 pixels of the high side from 16x16 of the low side and one more around
@@ -310,9 +311,9 @@ void thin_dgrad(Queue queue, ConvShape s, Dtype dtype, const void* low, const vo
 
 void thin_wgrad(Queue queue, ConvShape s, Dtype dtype, const void* low, const void* high, int parts,
                 float* sums, void* dweight) {
-  with_vectors(dtype, kTaps * s.ch, [&](auto* null, auto vector) {
+  with_type(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    launch(queue, "thin_wgrad", thin_wgrad_kernel<T, decltype(vector)::value>,
+    launch(queue, "thin_wgrad", thin_wgrad_kernel<T>,
            dim3(ceil_div(s.cl, Square::kRows), parts), Square::kThreads, shared_bytes(kPrepared),
            static_cast<const T*>(low), static_cast<const T*>(high), sums, static_cast<T*>(dweight),
            s, parts);

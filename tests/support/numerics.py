@@ -20,8 +20,8 @@ needs_triton = pytest.mark.skipif(
 _find_cuda = cuda if torch.cuda.is_available() else cuda_host
 _without_cuda = _find_cuda.missing_reasons()
 needs_cuda = pytest.mark.skipif(bool(_without_cuda), reason="; ".join(_without_cuda))
-# Where the kernels for GPUs are tested: on a GPU, or else on the CPU, where Triton's are interpreted
-# and CUDA's compiled for it.
+# Where the kernels for GPUs are tested: on a GPU, or on the CPU, Triton's interpreted and CUDA's
+# compiled for it.
 GPU_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPP = pytest.param("cpp", marks=needs_kernels)
 TRITON = pytest.param("triton", marks=needs_triton)

@@ -1,0 +1,138 @@
+"""The CUDA kernels run as the PTX that nvcc makes of them for sm_80, a case by each name.
+
+A program, see :mod:`support.ptx_runs`, without torch, which brings a CUDA runtime of its own. The
+host code of the extension chooses kernels and grids, and the results are compared with those of the
+build for the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from support import cuda_host
+from support.cuda_build import build_extension, ptx_of
+from support.cuda_driver import in_kernel, running_cuda, short_name
+from support.cuda_kernel_cases import CASES, SLOPE, Arrays, Case, Kernels, on_host, to_float
+from support.ptx_memory import PtxError
+from support.ptx_runs import ORDERS, Edit, Outcome, count, serve, without
+
+KERNELS = "kernels"
+# A case for each kernel with a barrier, which is wrong in some order without it.
+FAULTS = {
+    "bn_stats_kernel": "bn of 8",
+    "bn_act_fwd_kernel": "bn of 8",
+    "bn_act_bwd_reduce_kernel": "bn of 8",
+    "bn_act_bwd_kernel": "bn of 8",
+    "bce_fwd_kernel": "loss, many",
+    "augment_fwd_kernel": "images of 16",
+    "thin_fprop_kernel": "thin, fprop",
+    "thin_dgrad_kernel": "thin, dgrad",
+    "thin_wgrad_kernel": "thin, wgrad",
+    "dot_fprop_kernel": "dots of 8, fprop, bias",
+    "projection_fprop_kernel": "projection of 8, fprop",
+    "projection_dgrad_kernel": "projection of 8, dgrad",
+    "projection_wgrad_kernel": "projection of 8, wgrad",
+}
+WITHOUT_BARRIER = "without a barrier: "
+ERRORS = ("refused launch", "no such device", "recorded")
+
+
+def run(case: Case, order: str, edit: Edit | None = None) -> tuple[Arrays, list[str]]:
+    """What the kernels wrote, and which they were."""
+    with running_cuda(build_extension(), warp_order=order, edit_ptx=edit) as running:
+        got = case.run(Kernels(running.library, running.give))
+        return got, [launch.name for launch in running.launches]
+
+
+def compared(name: str) -> Outcome:
+    case = CASES[name]
+    want = case.run(on_host(cuda_host.build_kernels()))
+    outcome: Outcome = {"different": {}, "wrong": {}, "kernels": [], "off": 0.0}
+    for order in ORDERS:
+        got, kernels = run(case, order)
+        outcome["kernels"] = kernels
+        outcome["wrong"][order] = case.wrong(got)
+        outcome["different"][order] = [
+            key for key in want if got[key].tobytes() != want[key].tobytes()
+        ]
+        for key in want:
+            a, b = to_float(got[key]), to_float(want[key])
+            off = np.abs(a - b).max() / np.abs(b).max()
+            outcome["off"] = max(outcome["off"], float(off))
+    return outcome
+
+
+def planted(kernel: str) -> Outcome:
+    """Without any of its barriers: what is wrong, in each order."""
+    case = CASES[f"{FAULTS[kernel]} float32"]
+    found = {}
+    for order in ORDERS:
+        try:
+            got, _ = run(case, order, in_kernel(kernel, without("bar.sync")))
+            found[order] = case.wrong(got)
+        except PtxError as error:
+            found[order] = [str(error)]
+    return {"wrong": found}
+
+
+def kernels() -> Outcome:
+    with running_cuda(build_extension()):  # which the PTX is taken from
+        found = {short_name(symbol): text for symbol, text in ptx_of(build_extension()).items()}
+    barriers = [name for name, text in found.items() if count("bar.sync", text)]
+    return {"kernels": list(found), "with barriers": barriers}
+
+
+def refused_launch() -> Outcome:
+    """719 is cudaErrorLaunchFailure; the next launch is as if nothing had been."""
+    case = CASES["loss float32"]
+    with running_cuda(build_extension()) as running:
+        running.fail_next_launch(719)
+        try:
+            case.run(Kernels(running.library, running.give))
+        except RuntimeError as error:
+            return {
+                "said": str(error),
+                "then": case.wrong(case.run(Kernels(running.library, running.give))),
+            }
+    return {"said": ""}
+
+
+def no_such_device() -> Outcome:
+    with running_cuda(build_extension()) as running:
+        x = running.library.Array(4096, "float32", 5, [1, 4, 2, 2], [16, 1, 8, 4])
+        try:
+            running.library.act_backward(x, x, 1, SLOPE, x, 0)
+        except RuntimeError as error:
+            return {"said": str(error), "launches": len(running.launches)}
+    return {"said": ""}
+
+
+def recorded() -> Outcome:
+    """A launch of a size that training has: its grid, threads, shared memory and stream."""
+    with running_cuda(build_extension(), execute=False) as running:
+        x = running.library.Array(4096, "bfloat16", 0, [256, 64, 32, 32], [65536, 1, 2048, 64])
+        stats = running.library.Array(4096, "float32", 0, [128, 3, 64], [192, 64, 1])
+        running.library.bn_stats(x, stats, 2, 7)
+        (launch,) = running.launches
+        return {
+            "name": launch.name,
+            "grid": launch.grid,
+            "block": launch.block,
+            "shared": launch.shared,
+            "stream": launch.stream,
+        }
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
+    yield KERNELS, kernels
+    for name in CASES:
+        yield name, functools.partial(compared, name)
+    for kernel in FAULTS:
+        yield WITHOUT_BARRIER + kernel, functools.partial(planted, kernel)
+    yield from zip(ERRORS, (refused_launch, no_such_device, recorded), strict=True)
+
+
+if __name__ == "__main__":
+    serve(dict(cases()))

@@ -1,0 +1,82 @@
+"""What nvcc makes of the CUDA kernels, as PTX executed on the CPU by the extension's own host code.
+
+It computes to the bit what the build for the CPU does, but for ``expf``, ``log1pf`` and ``tanhf``,
+of which a GPU and a CPU have their own. Without its barriers a kernel does not.
+"""
+
+import pytest
+from support import cuda_build, cuda_host
+from support.cuda_kernel_cases import CASES
+from support.cuda_ptx_cases import ERRORS, FAULTS, KERNELS, WITHOUT_BARRIER
+from support.ptx_runs import ORDERS, outcomes
+
+REASONS = [*filter(None, [cuda_build.missing_reason()]), *cuda_host.missing_reasons()]
+pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
+# By how much an inexact result may differ, of the largest: a few units in the last place of the
+# functions, which 1 - tanh² takes from its own small difference.
+INEXACT = {"float32": 2.0**-20, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    # Once, before two processes ask for them.
+    cuda_build.build_stand_in()
+    cuda_build.build_extension()
+    cuda_host.build_kernels()
+    names = [KERNELS, *(WITHOUT_BARRIER + kernel for kernel in FAULTS), *ERRORS, *CASES]
+    return outcomes("support.cuda_ptx_cases", names, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_build_for_the_cpu(results, name):
+    result = results[name]
+    assert "raised" not in result, result["raised"]
+    for order in ORDERS:
+        assert result["wrong"][order] == []
+    if CASES[name].inexact:
+        assert result["off"] <= INEXACT[CASES[name].dtype]
+    else:
+        assert result["different"] == {order: [] for order in ORDERS}
+
+
+def test_no_kernel_is_left_out(results):
+    assert set(results[KERNELS]["kernels"]) == {
+        k for name in CASES for k in results[name]["kernels"]
+    }
+
+
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_missing_barriers_show(results, kernel):
+    """In some order of warps."""
+    assert any(results[WITHOUT_BARRIER + kernel]["wrong"].values())
+
+
+def test_kernels_with_barriers(results):
+    """Those above, and no others."""
+    assert {name.partition("<")[0] for name in results[KERNELS]["with barriers"]} == set(FAULTS)
+
+
+def test_a_launch_that_is_refused(results):
+    said = results["refused launch"]["said"]
+    assert said.startswith("bce_forward: launching a grid of 2 x 1 x 1 blocks of 512 threads with ")
+    assert said.endswith("cudaErrorLaunchFailure, unspecified launch failure")
+    assert results["refused launch"]["then"] == []
+
+
+def test_a_device_that_is_not_there(results):
+    assert results["no such device"]["launches"] == 0
+    assert results["no such device"]["said"] == (
+        "act_backward: device 5: cudaErrorInvalidDevice, invalid device ordinal"
+    )
+
+
+def test_what_is_launched(results):
+    """64 tiles of each of 2 groups, and 2 blocks of 32 of 64 channels, which 4 lanes read."""
+    threads, tiles, width, warps = 512, 64, 32, 512 // 32
+    assert results["recorded"] == {
+        "name": "bn_stats_kernel<__nv_bfloat16, 8>",
+        "grid": [2 * tiles, 2, 1],
+        "block": [threads, 1, 1],
+        "shared": 4 * (warps * 3 * width + width),
+        "stream": 7,
+    }
