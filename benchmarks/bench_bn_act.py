@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -74,11 +75,12 @@ def setup(case: Case, way: str) -> Run:
 
 
 def _forward_backward(
-    case: Case, backend: str, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor
+    case: Case, backend: str | None, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor
 ) -> list[Tensor]:
+    """On ``backend``; None is the one in force."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-    running = torch.zeros(2, case.channels, dtype=x.dtype)
-    with use_backend(backend):
+    running = torch.zeros(2, case.channels, dtype=weight.dtype, device=x.device)
+    with use_backend(backend) if backend else contextlib.nullcontext():
         y = bn_act(*leaves, *running, groups=case.groups, activation=case.activation)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 

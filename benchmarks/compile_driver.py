@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
+from fastgan import gpu
 from fastgan.errors import RunError
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -264,14 +265,14 @@ def recorded(target: Target) -> Iterator[list[Launch]]:
         return _Recorder(specialisation, launches)
 
     driver = triton.runtime.driver
-    before = driver._active, JITFunction._do_compile, common.multiprocessors
+    before = driver._active, JITFunction._do_compile, gpu.multiprocessors
     driver.set_active(_Driver(target))
     JITFunction._do_compile = instead
-    common.multiprocessors = lambda device: target.multiprocessors
+    gpu.multiprocessors = lambda device: target.multiprocessors
     try:
         yield launches
     finally:
-        driver._active, JITFunction._do_compile, common.multiprocessors = before
+        driver._active, JITFunction._do_compile, gpu.multiprocessors = before
 
 
 @functools.cache
@@ -438,13 +439,13 @@ def _sorted(counts: collections.Counter[Any]) -> dict[Any, int]:
     return dict(sorted(counts.items()))
 
 
-def occupancy(target: Target, compiled: Compiled, warps: int) -> tuple[int, float]:
+def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[int, float]:
     """Blocks that a multiprocessor of NVIDIA's holds at a time, and its share of warps in use."""
     most_warps, most_blocks, file = 64, 32, 65536
     # Registers are given out to warps by 256, and each block has 1 KiB of shared memory reserved.
-    warp = math.ceil(compiled.registers * 32 / 256) * 256
+    warp = math.ceil(registers * 32 / 256) * 256
     # One of the four parts of a multiprocessor takes whole warps.
     by_registers = file // 4 // warp * 4 // warps
-    by_shared = target.shared_all // (compiled.shared + 1024)
+    by_shared = target.shared_all // (shared + 1024)
     blocks = min(by_registers, by_shared, most_warps // warps, most_blocks)
     return blocks, blocks * warps / most_warps

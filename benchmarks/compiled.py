@@ -284,7 +284,7 @@ def table(plans: Iterable[Plan], ledger: Ledger) -> str:
 def _row(target: Target, use: Use, compiled: Compiled) -> str:
     launch = use.launch
     warps = launch.specialisation.options.get("num_warps", 4)
-    blocks, share = occupancy(target, compiled, warps)
+    blocks, share = occupancy(target, compiled.registers, compiled.shared, warps)
     microseconds = 1e6 * max(use.flop / target.flop_s, launch.nbytes / target.bytes_s)
     cells = (
         use.what,

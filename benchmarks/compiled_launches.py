@@ -55,7 +55,7 @@ class Use:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One convolution of a network, ``[n, cl, side, side]`` and ``[n, ch, ...]``."""
 
     net: str
@@ -72,12 +72,14 @@ class _Layer:
     def high_side(self) -> int:
         return (self.side - 1) * self.stride - 2 * self.padding + self.kernel
 
-    def images(self, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def images(
+        self, n: int, dtype: torch.dtype, device: str = "meta"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Low side, high side, weight."""
         return (
-            _images(n, self.cl, self.side, dtype),
-            _images(n, self.ch, self.high_side, dtype),
-            _images(self.cl, self.ch, self.kernel, dtype),
+            images_of(n, self.cl, self.side, dtype, device),
+            images_of(n, self.ch, self.high_side, dtype, device),
+            images_of(self.cl, self.ch, self.kernel, dtype, device),
         )
 
     def flop(self, n: int) -> float:
@@ -88,7 +90,7 @@ class _Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
+class Batch:
     """A pass of a network: ``n`` images in ``groups`` parts, of a dtype."""
 
     n: int
@@ -98,6 +100,17 @@ class _Batch:
 
     def __str__(self) -> str:
         return f"n{self.n}" + (f" in {self.groups}" if self.groups > 1 else "")
+
+
+def layers(net: str, size: int, nc: int) -> Iterator[Layer]:
+    """Of ``G`` or ``D`` for images of ``nc`` channels, the one of the low side of 1x1 first."""
+    s0, k = split_size(size)
+    channels = [*(WIDTH << i for i in reversed(range(k))), nc]
+    first, last = net == "G", net == "D"
+    yield Layer(net, NZ if first else 1, channels[0], 1, s0, 1, 0, first, last)
+    for i, (cl, ch) in enumerate(itertools.pairwise(channels)):
+        image = ch == nc
+        yield Layer(*(net, cl, ch, s0 << i, 4, 2, 1), image and net == "D", image and net == "G")
 
 
 def uses(target: Target) -> Iterator[Use]:
@@ -115,9 +128,6 @@ class _Network:
 
     def __init__(self, size: int, nc: int, dtype: torch.dtype, launches: list[Launch]) -> None:
         self._size, self._nc, self._dtype, self._launches = size, nc, dtype, launches
-        s0, k = split_size(size)
-        self._channels = [*(WIDTH << i for i in reversed(range(k))), nc]
-        self._s0 = s0
 
     def uses(self) -> Iterator[Use]:
         for batch in BATCHES:
@@ -126,29 +136,20 @@ class _Network:
                 and batch == TABLE_BATCH
                 and self._dtype == torch.bfloat16
             )
-            one = _Batch(batch, 1, self._dtype, tabled)
+            one = Batch(batch, 1, self._dtype, tabled)
             # The discriminator sees real and generated images in one pass, the latter again alone.
-            two = _Batch(2 * batch, 2, self._dtype, tabled)
+            two = Batch(2 * batch, 2, self._dtype, tabled)
             alone = dataclasses.replace(one, tabled=False)
-            for layer in self._layers("G", NZ):
+            for layer in layers("G", self._size, self._nc):
                 yield from self._generator(layer, one)
-            for layer in self._layers("D", 1):
+            for layer in layers("D", self._size, self._nc):
                 yield from self._discriminator(layer, two)
                 yield from self._discriminator(layer, alone)
             for both in (two, alone):
                 yield from self._gan_loss(both)
             yield from self._augment(one)
 
-    def _layers(self, net: str, inner: int) -> Iterator[_Layer]:
-        first, last = net == "G", net == "D"
-        yield _Layer(net, inner, self._channels[0], 1, self._s0, 1, 0, first, last)
-        for i, (cl, ch) in enumerate(itertools.pairwise(self._channels)):
-            image = ch == self._nc
-            yield _Layer(
-                *(net, cl, ch, self._s0 << i, 4, 2, 1), image and net == "D", image and net == "G"
-            )
-
-    def _generator(self, layer: _Layer, batch: _Batch) -> Iterator[Use]:
+    def _generator(self, layer: Layer, batch: Batch) -> Iterator[Use]:
         if layer.last:
             yield from self._conv("dgrad", "forward, tanh", layer, batch, activation="tanh")
             yield from self._act_backward(layer, batch, layer.ch, layer.high_side, "tanh")
@@ -159,7 +160,7 @@ class _Network:
         yield from self._conv("fprop", "input gradient", layer, batch)
         yield from self._wgrad(layer, batch)
 
-    def _discriminator(self, layer: _Layer, batch: _Batch) -> Iterator[Use]:
+    def _discriminator(self, layer: Layer, batch: Batch) -> Iterator[Use]:
         act = "leaky_relu"
         if layer.first:
             yield from self._conv("fprop", f"forward, {act}", layer, batch, activation=act)
@@ -177,8 +178,8 @@ class _Network:
         self,
         direction: str,
         what: str,
-        layer: _Layer,
-        batch: _Batch,
+        layer: Layer,
+        batch: Batch,
         *,
         bias: bool = False,
         activation: str = "none",
@@ -196,7 +197,7 @@ class _Network:
             run(problem, tile, x, weight, shift, activation, _SLOPE, y, sums)
             yield from self._take(f"{layer} {batch}: {what}", layer.flop(batch.n), batch, tile)
 
-    def _wgrad(self, layer: _Layer, batch: _Batch) -> Iterator[Use]:
+    def _wgrad(self, layer: Layer, batch: Batch) -> Iterator[Use]:
         low, high, weight = layer.images(batch.n, batch.dtype)
         problem = _problem(layer, batch)
         for tile in problem.tiles("wgrad"):
@@ -205,16 +206,16 @@ class _Network:
             yield from self._take(what, layer.flop(batch.n), batch, tile)
 
     def _act_backward(
-        self, layer: _Layer, batch: _Batch, c: int, side: int, activation: str
+        self, layer: Layer, batch: Batch, c: int, side: int, activation: str
     ) -> Iterator[Use]:
-        dy, y, dx = (_images(batch.n, c, side, batch.dtype) for _ in range(3))
+        dy, y, dx = (images_of(batch.n, c, side, batch.dtype) for _ in range(3))
         conv.act_backward(dy, y, activation, _SLOPE, dx)
         yield from self._take(f"{layer} {batch}: {activation} backward", 0.0, batch)
 
     def _bn_act(
-        self, layer: _Layer, batch: _Batch, c: int, side: int, direction: str, activation: str
+        self, layer: Layer, batch: Batch, c: int, side: int, direction: str, activation: str
     ) -> Iterator[Use]:
-        x, y, dx = (_images(batch.n, c, side, batch.dtype) for _ in range(3))
+        x, y, dx = (images_of(batch.n, c, side, batch.dtype) for _ in range(3))
         groups, rows = batch.groups, batch.n // batch.groups * side**2
         mean, var, invstd = (_empty(groups, c) for _ in range(3))
         weight, bias, dweight, dbias = (_empty(c) for _ in range(4))
@@ -234,14 +235,14 @@ class _Network:
         bn_act.bn_act_backward(y, x, *running, weight, bias, False, *gradients)
         yield from self._take(f"{layer} {batch}: batch norm, {activation}, evaluation", 0.0)
 
-    def _gan_loss(self, batch: _Batch) -> Iterator[Use]:
+    def _gan_loss(self, batch: Batch) -> Iterator[Use]:
         logits, dlogits = (_empty(batch.n, dtype=batch.dtype) for _ in range(2))
         loss, d = (_empty(batch.groups, dtype=batch.dtype) for _ in range(2))
         gan_loss.bce_forward(logits, [1.0, 0.0][: batch.groups], loss, d, dlogits)
         yield from self._take(f"loss {batch}", 0.0, batch)
 
-    def _augment(self, batch: _Batch) -> Iterator[Use]:
-        out = _images(batch.n, self._nc, self._size, batch.dtype)
+    def _augment(self, batch: Batch) -> Iterator[Use]:
+        out = images_of(batch.n, self._nc, self._size, batch.dtype)
         for m, gathered, flipped in (
             (batch.n, True, True),
             (batch.n, True, False),
@@ -258,7 +259,7 @@ class _Network:
             yield from self._take(f"images {self._size}x{self._size} {batch}: {what}", 0.0, whole)
 
     def _take(
-        self, what: str, flop: float, batch: _Batch | None = None, tile: conv.Tile | None = None
+        self, what: str, flop: float, batch: Batch | None = None, tile: conv.Tile | None = None
     ) -> Iterator[Use]:
         """What was launched since the last time; ``flop`` is the first launch's."""
         launches = list(self._launches)
@@ -268,7 +269,7 @@ class _Network:
             yield Use(launch, what, str(tile or ""), 0.0 if i else flop, tabled)
 
 
-def _problem(layer: _Layer, batch: _Batch) -> conv.Problem:
+def _problem(layer: Layer, batch: Batch) -> conv.Problem:
     low, high = (
         (batch.n, layer.cl, layer.side, layer.side),
         (batch.n, layer.ch, layer.high_side, layer.high_side),
@@ -283,5 +284,6 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _images(n: int, c: int, side: int, dtype: torch.dtype) -> Tensor:
-    return empty_images(_empty(0), n, c, side, side, dtype=dtype)
+def images_of(n: int, c: int, side: int, dtype: torch.dtype, device: str = "meta") -> Tensor:
+    """``[n, c, side, side]`` without values, in ``torch.channels_last``."""
+    return empty_images(torch.empty(0, device=device), n, c, side, side, dtype=dtype)

@@ -26,13 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastgan.benchmarks import bench_conv, bench_engine, machine
+from fastgan.benchmarks import bench_bn_act, bench_conv, bench_engine, machine
 from fastgan.benchmarks.plan import VARIANTS, Cell
 from torch import Tensor
 
 from fastgan import gpu
 from fastgan.files import replace_file
 from fastgan.ops import conv, triton, tuning
+from fastgan.ops.augment import augment
+from fastgan.ops.backend import machine_reasons, use_backend
+from fastgan.ops.bn_act import bn_act
+from fastgan.ops.gan_loss import gan_loss
 from fastgan.seeding import generator
 
 # How a float32 convolution may multiply, and a dtype: what torch's own setting has to be for it.
@@ -47,6 +51,8 @@ _STEP_IMAGES = 32
 # Of a convolution, from float64 by norm: a few times what rounding both operands and the result
 # comes to, the same for every way.
 OP_LIMITS = {"tf32": 2.0**-9, "bf16": 2.0**-8}
+# Of the other ops: a few roundings of results that are sums of float32.
+PASS_LIMITS = {"float32": 1e-5, "bf16": 2.0**-7}
 _OP_BATCH = 128
 _TORCH = "cuDNN"
 _WORKERS = 8
@@ -83,6 +89,7 @@ def describe(job: Job, save: Save) -> bool:
     """The machine: what has to be the same for figures to be compared."""
     found = machine.describe(job.device)
     found["triton"] = triton.version()
+    found["CUDA kernels"] = "; ".join(machine_reasons("cuda")) or "built"
     if not job.dry_run:
         gpu = torch.cuda.get_device_properties(job.device)
         found |= {
@@ -111,18 +118,27 @@ def _nvidia_smi() -> dict[str, str] | None:
 
 def kernels(job: Job, save: Save) -> bool:
     """A tiny step, for a tool to watch every access that its kernels make."""
-    numbers = _one_step(Cell(16, 1, 8, 8, 8), "float32", 0, job.device)
-    save({"numbers": numbers})
-    return all(map(math.isfinite, numbers))
+    cell, numbers = Cell(16, 1, 8, 8, 8), {}
+    for backend in _own():
+        numbers[backend] = _one_step(cell, "float32", 0, job.device, backend)
+        save({"numbers": numbers})
+    return all(math.isfinite(value) for found in numbers.values() for value in found)
 
 
-def _one_step(cell: Cell, precision: str, tile: int, device: torch.device) -> list[float]:
+def _own() -> list[str]:
+    """Our kernels for GPUs that this machine has."""
+    return [name for name in ("triton", "cuda") if not machine_reasons(name)]
+
+
+def _one_step(
+    cell: Cell, precision: str, tile: int, device: torch.device, backend: Any = "triton"
+) -> list[float]:
     """The five numbers of one step by the kernels, every convolution by the tile so numbered."""
     dtype, multiplied = PRECISIONS[precision]
     netG, netD, batches = bench_engine.inputs(cell, 0)
     with machine.fp32_precision(multiplied), _tile(tile):
         nets = (net.to(device, dtype) for net in (netG, netD))
-        trainer = bench_engine.engine_trainer(*nets, backend="triton")
+        trainer = bench_engine.engine_trainer(*nets, backend=backend)
         real, z = batches[0]
         return list(trainer.step(real.to(device, dtype), z.to(device, dtype)))
 
@@ -199,10 +215,11 @@ def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Rec
     batches = [(real.to(dtype), z.to(dtype)) for real, z in batches]
     with machine.fp32_precision(multiplied), _tile(0):
         by_torch = seen("reference", device, dtype)
-        own = seen("triton", device, dtype)
+        own = {backend: seen(backend, device, dtype) for backend in _own()}
         # Last, as the networks themselves change their dtype.
         truth = seen("reference", device, torch.float64)
-    reference, ours = (bench_engine.deviations(found, truth) for found in (by_torch, own))
+    reference = bench_engine.deviations(by_torch, truth)
+    ours = {name: bench_engine.deviations(found, truth) for name, found in own.items()}
     rows = []
     for kind, least in bench_engine.LEAST_ROUNDING.items():
         limit = STEP_LIMIT * max(reference[kind], least)
@@ -211,9 +228,9 @@ def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Rec
                 "precision": precision,
                 "kind": kind,
                 "reference": _finite(reference[kind]),
-                "triton": _finite(ours[kind]),
+                "own": {name: _finite(found[kind]) for name, found in ours.items()},
                 "limit": _finite(limit),
-                "right": ours[kind] <= limit < math.inf,
+                "right": all(found[kind] <= limit < math.inf for found in ours.values()),
             }
         )
     return rows
@@ -294,8 +311,9 @@ def _ways(case: bench_conv.Case, name: str, job: Job) -> list[str]:
     return [_TORCH, *(own[:1] if job.quick else own)]
 
 
-def _kernels(case: bench_conv.Case, name: str) -> conv._Triton:
-    return conv._Triton(case.kernels().problem, PRECISIONS[name][0])
+def _kernels(case: bench_conv.Case, name: str) -> conv._Kernels:
+    problem, dtype = case.kernels().problem, PRECISIONS[name][0]
+    return conv._Either([conv._KINDS[backend](problem, dtype) for backend in _own()])
 
 
 def _setup(
@@ -353,6 +371,104 @@ def _speed(row: Record, seconds: float, rates: dict[str, float]) -> Record:
         "tflop_s": row["gflop"] / 1e3 / seconds,
         "of_roofline": least / seconds,
     }
+
+
+def passes(job: Job, save: Save) -> bool:
+    """What goes over memory rather than multiplies, each way: checked, then timed."""
+    precisions = list(PASS_LIMITS)[:1] if job.dry_run else list(PASS_LIMITS)
+    record: Record = {"gb_s": _rates(job, "float32")["gb_s"], "limits": PASS_LIMITS, "rows": []}
+    if job.without_own:
+        record["withheld"] = job.without_own
+    save(record)
+    right = True
+    for name in precisions:
+        for one in _passes(job, PRECISIONS[name][0]):
+            ways: dict[str, Record] = {}
+            row = {"what": one.what, "precision": name, "megabytes": one.megabytes, "ways": ways}
+            record["rows"].append(row)
+            for backend in ["reference", *([] if job.without_own else _own())]:
+                ways[backend] = _pass_by(one, backend, PASS_LIMITS[name], record["gb_s"], job)
+                right = right and ways[backend]["right"]
+                save(record)
+    return right
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """An op on one set of arguments.
+
+    Attributes:
+        what: the op and its sizes.
+        megabytes: what has to be read and written at least.
+        run: its results, on the arguments or on them in float64.
+    """
+
+    what: str
+    megabytes: float
+    run: Callable[[bool], list[Tensor]]
+
+
+def _pass_by(one: Pass, backend: str, limit: float, gb_s: float, job: Job) -> Record:
+    try:
+        with use_backend("reference"):
+            truth = one.run(True)
+        with use_backend(backend), _poisoned():
+            got = one.run(False)
+        errors = [
+            float((g.double() - w).norm() / w.norm()) for g, w in zip(got, truth, strict=True)
+        ]
+        # Not <=, so that NaN is wrong too.
+        if any(not error <= limit for error in errors):
+            return {"right": False, "reason": f"off by {max(errors):.1e}, allowed {limit:.1e}"}
+        with use_backend(backend):
+            seconds = _seconds(lambda: one.run(False), job)
+    except Exception as failure:
+        return {"right": False, "reason": f"{type(failure).__name__}: {_one_line(failure)}"}
+    of_copy = one.megabytes / 1e3 / gb_s / seconds
+    return {"right": True, "error": max(errors), "us": 1e6 * seconds, "of_copy": of_copy}
+
+
+def _passes(job: Job, dtype: torch.dtype) -> Iterator[Pass]:
+    cases = [case for case in bench_bn_act.CASES if case.n == 64]
+    if job.dry_run:
+        cases = [bench_bn_act.Case(2, 8, 4, 2, "leaky_relu")]
+    for case in cases[:1] if job.quick else cases:
+        yield _batch_norm(case, job, dtype)
+    batch, side = (4, 8) if job.dry_run else (1024, 64)
+    draw = generator(0, "gpu_check")
+    logits = torch.randn(2 * batch, 1, 1, 1, generator=draw).to(job.device, dtype)
+
+    def loss(exact: bool) -> list[Tensor]:
+        leaf = (logits.double() if exact else logits).detach().requires_grad_()
+        found, d = gan_loss(leaf, (1.0, 0.0))
+        return [found.detach(), d, *torch.autograd.grad(found.sum(), leaf)]
+
+    yield Pass(f"loss of 2x{batch}", 4 * batch * dtype.itemsize / 1e6, loss)
+    shape = (2 * batch, side, side, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw).to(job.device)
+    index = torch.randint(0, 2 * batch, (batch,), generator=draw).to(job.device)
+
+    def batch_of(exact: bool) -> list[Tensor]:
+        return [augment(images, index, index % 2 == 0, dtype=torch.float64 if exact else dtype)]
+
+    moved = batch * side * side * 3 * (1 + dtype.itemsize) / 1e6
+    yield Pass(f"images {batch}x{side}x{side}x3, gathered, flipped", moved, batch_of)
+
+
+def _batch_norm(case: bench_bn_act.Case, job: Job, dtype: torch.dtype) -> Pass:
+    """Forward and backward, in training."""
+    x, dy, weight, bias = (tensor.to(job.device) for tensor in bench_bn_act._inputs(case))
+    x, dy = (t.to(dtype, memory_format=torch.channels_last) for t in (x, dy))
+    exact = bn_act(*(t.double() for t in (x, weight, bias)), groups=case.groups)
+    # Where rounding decides the side of a kink.
+    dy = dy * (exact.abs() > 1e-4)
+
+    def run(exact: bool) -> list[Tensor]:
+        given = [t.double() if exact else t for t in (x, dy, weight, bias)]
+        return bench_bn_act._forward_backward(case, None, *given)
+
+    # x, y, and again x, dy, dx; and x for the statistics and their gradients.
+    return Pass(f"batch norm {case}", 7 * x.numel() * dtype.itemsize / 1e6, run)
 
 
 def _rates(job: Job, name: str) -> dict[str, float]:
@@ -436,6 +552,7 @@ PARTS: dict[str, Callable[[Job, Save], bool]] = {
     "kernels": kernels,
     "compile": compile_all,
     "step": step,
+    "passes": passes,
     "ops": ops,
     "bench": bench,
 }

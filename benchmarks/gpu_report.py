@@ -58,18 +58,19 @@ def _compile(result: Record) -> Iterator[str]:
 
 
 def _step(result: Record) -> list[str]:
+    own = list(result["rows"][0]["own"]) if result["rows"] else []
     rows = [
         (
             row["precision"],
             row["kind"],
             _number(row["reference"], ".1e"),
-            _number(row["triton"], ".1e"),
+            *(_number(row["own"][name], ".1e") for name in own),
             _number(row["limit"], ".1e"),
             "" if row["right"] else "wrong",
         )
         for row in result["rows"]
     ]
-    head = ("", "largest difference from float64", "reference", "triton", "allowed", "")
+    head = ("", "largest difference from float64", "reference", *own, "allowed", "")
     said = (
         f"{result['cell']}. The kernels may differ from float64 by {result['limit']:g} times what "
         "plain torch on the same device differs by."
@@ -118,6 +119,32 @@ def _op_rows(row: Record) -> Iterator[Sequence[str]]:
         )
 
 
+def _passes(result: Record) -> list[str]:
+    limits = ", ".join(f"{limit:.1e} ({name})" for name, limit in result["limits"].items())
+    lines = [
+        f"A copy moves {result['gb_s'] / 1e3:.3g} TB/s here; `of a copy` is the share of that at "
+        "which what has to be read and written was. Forward and backward. Launches are not in the "
+        f"times. An error from float64 by norm of at most {limits} is allowed.",
+        "",
+    ]
+    if result.get("withheld"):
+        lines += [f"No speeds of fastgan's own: {result['withheld']}.", ""]
+    rows = []
+    for row in result["rows"]:
+        timed = [found["us"] for found in row["ways"].values() if "us" in found]
+        for way, found in row["ways"].items():
+            fastest = "us" in found and found["us"] == min(timed)
+            rows.append(
+                (
+                    *(row["what"], row["precision"], way, _number(found.get("error"), ".1e")),
+                    *(_number(found.get("us"), ".1f"), _number(found.get("of_copy"), ".2f")),
+                    found.get("reason", "fastest" if fastest else ""),
+                )
+            )
+    head = ("op", "precision", "way", "error", "µs", "of a copy", "")
+    return lines + report.markdown_table(head, rows)
+
+
 def _bench(result: Record) -> list[str]:
     lines = [f"{report.precision(result['machine'])}. Check: {result['check']}.", ""]
     if result.get("withheld"):
@@ -134,6 +161,7 @@ _SECTIONS = {
     "compile": _compile,
     "step": _step,
     "bench": _bench,
+    "passes": _passes,
     "ops": _ops,
 }
 

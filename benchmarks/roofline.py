@@ -203,7 +203,7 @@ def _kernel_sides(launch: Launch, high: Sequence[int]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
+def as_on_a_gpu() -> Iterator[None]:
     """Within this context the ops believe that Triton can run here, and take the first tiles."""
     before = triton._missing_reason, triton.interpreted
     triton._missing_reason = lambda: ""
@@ -222,7 +222,7 @@ def record_step(cell: Cell) -> tuple[list[Item], int]:
     """
     shape = (cell.batch_size, cell.image_size, cell.image_size, cell.nc)
     real = torch.zeros(shape, dtype=torch.uint8)
-    with recorded(GPU) as launches, _as_on_a_gpu():
+    with recorded(GPU) as launches, as_on_a_gpu():
         netG = DCGANGenerator(ngf=cell.ngf, nc=cell.nc, image_size=cell.image_size)
         netD = DCGANDiscriminator(ndf=cell.ndf, nc=cell.nc, image_size=cell.image_size)
         engine = Engine(netG.bfloat16(), netD.bfloat16(), backend="triton", device="cpu")

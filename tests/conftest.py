@@ -34,6 +34,13 @@ def cuda_on_host():
         yield
 
 
+@pytest.fixture
+def without_cuda(monkeypatch):
+    """As where the CUDA kernels are not built."""
+    missing = cuda._Found(None, "the CUDA kernels are not installed (no _cuda); FASTGAN_BUILD=cuda")
+    monkeypatch.setattr(cuda, "_find", lambda: missing)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -9,19 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.numerics import (
+    CUDA,
     DTYPES,
     GPU_DEVICE,
+    TRITON,
     WINOGRAD,
     error,
     needs_kernels,
     needs_triton,
 )
 
-from fastgan import bn_act, gan_loss
+from fastgan import bn_act, gan_loss, gpu
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.ops import backend as backends
-from fastgan.ops import cpp, triton
+from fastgan.ops import cpp, cuda, triton
 from fastgan.ops.backend import (
+    machine_reasons,
     requested_backend,
     resolve_backend,
     select_backend,
@@ -39,21 +42,21 @@ def operands(dtype=torch.float32):
     return (torch.randn(s, generator=draw, dtype=dtype) for s in ((2, 5, 8, 8), (6, 5, 4, 4)))
 
 
-def test_names():
+def test_names(without_cuda):
     assert resolve_backend("auto") == "auto"
     assert resolve_backend("reference") == "reference"
     with pytest.raises(InputError, match="'cudnn'"):
         resolve_backend("cudnn")
     with pytest.raises(InputError, match="'cudnn'"):
         unsupported_reasons("conv", "cudnn")
-    with pytest.raises(NotBuiltError, match="cuda"):
+    with pytest.raises(NotBuiltError, match=r"backend='cuda': .*FASTGAN_BUILD=cuda"):
         resolve_backend("cuda")
     assert unsupported_reasons("conv", "cuda")
     assert unsupported_reasons("augment", "reference") == []
     assert unsupported_reasons("augment", "cpp")
 
 
-def test_the_environment_stands_in_for_auto_alone(monkeypatch):
+def test_the_environment_stands_in_for_auto_alone(monkeypatch, without_cuda):
     monkeypatch.setenv("FASTGAN_BACKEND", "reference")
     assert requested_backend() == "reference"
     assert resolve_backend("auto") == "reference"
@@ -110,25 +113,25 @@ def test_what_the_kernels_take(op):
             select_backend(op, fits, tensor)
 
 
-@needs_triton
-@pytest.mark.parametrize("op", triton.OPS)
-def test_what_the_triton_kernels_take(op):
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
+@pytest.mark.parametrize("op", gpu.OPS)
+def test_what_the_kernels_for_gpus_take(op, backend):
     fits = torch.zeros(2, 3, device=GPU_DEVICE)
-    assert unsupported_reasons(op, "triton") == []
+    assert unsupported_reasons(op, backend) == []
     for dtype in DTYPES:
-        assert unsupported_reasons(op, "triton", fits.to(dtype), None) == []
+        assert unsupported_reasons(op, backend, fits.to(dtype), None) == []
     refused = [("meta", fits.to("meta")), ("empty", fits[:0])]
     if op != "augment":
         # Which takes bytes, and counts images apart.
         many = torch.zeros(1, device=GPU_DEVICE).expand(2**31)
-        assert unsupported_reasons(op, "triton", many[1:]) == []
+        assert unsupported_reasons(op, backend, many[1:]) == []
         refused += [("float64", fits.double()), ("2147483647", many)]
     if op == "conv":
         refused.append(("float16 and float32", fits.half()))
     for word, tensor in refused:
-        (reason,) = unsupported_reasons(op, "triton", fits, tensor)
+        (reason,) = unsupported_reasons(op, backend, fits, tensor)
         assert word in reason
-        with use_backend("triton"), pytest.raises(NotBuiltError, match=word):
+        with use_backend(backend), pytest.raises(NotBuiltError, match=word):
             select_backend(op, fits, tensor)
 
 
@@ -176,6 +179,20 @@ def test_without_a_gpu():
     assert "backend='triton': " in result.stdout and result.stdout.count("\n") == 1
     if not triton.missing_reasons():
         assert "torch sees no GPU; TRITON_INTERPRET=1" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_cuda_kernels_without_a_gpu(monkeypatch):
+    """Which say first that they are not built, if they are not."""
+    monkeypatch.setattr(cuda, "_find", cuda.find)
+    monkeypatch.setitem(sys.modules, "fastgan._cuda", None)
+    (reason,) = machine_reasons("cuda")
+    assert reason.startswith("the CUDA kernels are not installed (")
+    assert "FASTGAN_BUILD=cuda" in reason
+    monkeypatch.setitem(sys.modules, "fastgan._cuda", sys)
+    assert machine_reasons("cuda") == ["torch sees no GPU"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in machine_reasons("cuda")[0]
 
 
 def test_without_triton(monkeypatch):

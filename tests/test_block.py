@@ -23,6 +23,7 @@ from support.numerics import (
     laid_out,
     leaves,
     limit,
+    needs_cuda,
     needs_kernels,
     needs_triton,
 )
@@ -139,7 +140,7 @@ def check(
     want, own = results(in_torch, torch.float64), results(in_torch, dtype)
     got = results(ours, dtype, device_of(backend))
     # On the CPU torch sums float32 in float64, as no GPU does.
-    floors = 2 if backend == "triton" else 1
+    floors = 2 if backend in ("triton", "cuda") else 1
     for name, w in want.items():
         if w is None:
             continue
@@ -150,7 +151,7 @@ def check(
             rounding = 100 * torch.finfo(dtype).eps
             assert g.abs().max() <= rounding * want["bn_bias"].norm()
             continue
-        winograd_s = winograd(kind, sizes) and backend != "triton"
+        winograd_s = winograd(kind, sizes) and backend not in ("triton", "cuda")
         assert error(g, w) <= (WINOGRAD if winograd_s else limit(o, w, floors)), name
 
 
@@ -188,6 +189,26 @@ TRITON_BLOCKS = (
 @pytest.mark.parametrize(("kind", "sizes"), TRITON_BLOCKS, ids=str)
 def test_triton_block(nan_outputs, honest_triton, fp32_precision, kind, sizes, training, dtype):
     check(kind, sizes, "tanh", "triton", training=training, dtype=dtype)
+
+
+CUDA_BLOCKS = (
+    ("plain", (4, 3, (10, 14), 20, 4, 2, 1)),
+    ("plain", (12, 20, (4, 4), 6, 4, 1, 0)),
+    ("plain", (12, 20, (4, 4), 2, 4, 1, 0)),  # dot products have no statistics
+    ("plain", (2, 1, (70, 70), 5, 4, 2, 1)),  # more tiles of statistics than are merged at once
+    ("transposed", (4, 20, (3, 2), 3, 4, 2, 1)),
+    ("transposed", (2, 5, (9, 8), 2, 4, 2, 1)),
+    ("transposed", (6, 18, (1, 1), 5, 4, 1, 0)),
+    ("transposed", (4, 5, (3, 2), 18, 4, 2, 1)),  # of which cuda has batch norm only
+)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("kind", "sizes"), CUDA_BLOCKS, ids=str)
+def test_cuda_block(nan_outputs, kind, sizes, training, dtype):
+    check(kind, sizes, "tanh", "cuda", training=training, dtype=dtype)
 
 
 @needs_triton

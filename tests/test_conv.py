@@ -33,11 +33,14 @@ from support.numerics import (
     laid_out,
     leaves,
     limit,
+    needs_cuda,
     needs_kernels,
     needs_triton,
 )
 
+from fastgan import gpu
 from fastgan.errors import InputError, NotBuiltError
+from fastgan.ops import backend as backends
 from fastgan.ops import conv as ops
 from fastgan.ops import cpp
 from fastgan.ops.activation import ACTIVATIONS
@@ -289,7 +292,7 @@ def check_op(sizes, transposed, activation, layout, backend, dtype=torch.float32
     want, own = results("reference", torch.float64), results("reference", dtype)
     got = results(backend, dtype, device_of(backend))
     for name, g, w, o in zip(("y", "dx", "dweight", "dbias"), got, want, own, strict=True):
-        winograd = by_winograd(sizes) and backend != "triton"
+        winograd = by_winograd(sizes) and backend not in ("triton", "cuda")
         assert g.dtype == dtype
         assert error(g, w) <= (WINOGRAD if winograd else limit(o, w)), name
 
@@ -389,12 +392,12 @@ def test_act_backward(nan_outputs, activation, count):
     check_act_backward(activation, count, "cpp")
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("count", [1, 1000])
-def test_triton_act_backward(nan_outputs, honest_triton, count, activation, dtype):
-    check_act_backward(activation, count, "triton", dtype)
+def test_act_backward_on_gpus(nan_outputs, honest_triton, count, activation, dtype, backend):
+    check_act_backward(activation, count, backend, dtype)
 
 
 @needs_kernels
@@ -488,6 +491,65 @@ def test_twenty_repeats_agree_bit_for_bit(threads, sizes, count):
     first = reproducible(sizes)
     for _ in range(19):
         assert all(map(torch.equal, reproducible(sizes), first))
+
+
+CUDA_SIZES = (
+    Sizes(3, 20, 5, 7, 3),
+    Sizes(2, 72, 3, 20, 1),
+    Sizes(2, 16, 17, 2, 4),
+    projection(6, 20, 5, (3, 2)),
+    projection(5, 3, 8, (4, 4)),
+)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", CUDA_SIZES, ids=ids)
+@TRANSPOSED
+def test_cuda_op(nan_outputs, sizes, layout, dtype, transposed):
+    check_op(sizes, transposed, "tanh", layout, "cuda", dtype)
+
+
+@needs_cuda
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@TRANSPOSED
+def test_cuda_op_with_each_activation(nan_outputs, transposed, activation):
+    check_op(CUDA_SIZES[0], transposed, activation, "nhwc", "cuda")
+
+
+@needs_cuda
+@pytest.mark.parametrize("sizes", CUDA_SIZES, ids=ids)
+@TRANSPOSED
+def test_cuda_repeats_and_parts(nan_outputs, monkeypatch, sizes, transposed):
+    """On any number of multiprocessors, and to the bit the same on one."""
+    want = reproducible(sizes, "reference")
+    for multiprocessors in (1, 108):
+        monkeypatch.setattr(gpu, "multiprocessors", lambda device, n=multiprocessors: n)
+        first = reproducible(sizes, "cuda")
+        assert all(map(torch.equal, reproducible(sizes, "cuda"), first))
+        for g, w in zip(first, want, strict=True):
+            assert error(g.cpu(), w.double()) < WINOGRAD
+
+
+@needs_cuda
+def test_shapes_that_cuda_leaves_to_torch_are_said(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_said", set())
+    x, weight = (torch.randn(s, device=GPU_DEVICE) for s in ((2, 5, 8, 8), (6, 5, 4, 4)))
+    with use_backend("cuda"):
+        got = conv(x, weight, stride=2, padding=1)
+    assert torch.equal(got, F.conv2d(x, weight, stride=2, padding=1))
+    (record,) = caplog.records
+    assert "'cuda' has no kernel for conv of a [6, 5, 4, 4] weight" in record.getMessage()
+
+
+@needs_cuda
+@TRANSPOSED
+@pytest.mark.parametrize("sizes", CUDA_SIZES[::3], ids=ids)
+@pytest.mark.parametrize(("activation", "groups"), [("none", 1), ("tanh", 0)])
+def test_opcheck_of_cuda(sizes, transposed, activation, groups):
+    opcheck_forward(sizes, transposed, activation, groups, "cuda")
+    opcheck_gradients(sizes, "cuda")
 
 
 @needs_triton

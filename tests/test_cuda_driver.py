@@ -21,7 +21,7 @@ INVALID_VALUE, INVALID_CONFIGURATION, LAUNCH_FAILURE = 1, 9, 719
 def results(tmp_path_factory):
     # Once, before two processes ask for it.
     cuda_build.build_stand_in()
-    cuda_build.build_library(cuda_build.STAND_IN.with_name("cuda_driver_toys.cu"))
+    cuda_build.build_library(cuda_build.TOYS)
     names = [f"{name} {order}" for name in IN_BOTH_ORDERS for order in ORDERS]
     names += [f"functions {dtype} {order}" for dtype in DTYPES for order in ORDERS]
     return outcomes(

@@ -13,6 +13,7 @@ from support.numerics import (
     device_of,
     error,
     limit,
+    needs_cuda,
     needs_kernels,
     needs_triton,
 )
@@ -20,6 +21,7 @@ from support.planted_faults import NUMBERS, OUTSIDE, RACE, Fault, faults, plante
 
 from fastgan import bce_loss, gan_loss
 from fastgan.errors import InputError, NotBuiltError
+from fastgan.ops import backend as backends
 from fastgan.ops import cpp
 from fastgan.ops.backend import use_backend
 from fastgan.ops.gan_loss import gan_loss_backward, gan_loss_forward
@@ -77,13 +79,25 @@ def test_kernel(nan_outputs, targets, n, rest):
     check(logits_of((n * len(targets), *rest)), targets)
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 @pytest.mark.parametrize("n", [1, 7])
 @pytest.mark.parametrize("rest", [(), (1, 3, 5), (21, 64)], ids=str)
-def test_triton(nan_outputs, honest_triton, targets, n, rest, dtype):
-    check(logits_of((n * len(targets), *rest)), targets, "triton", dtype)
+def test_on_gpus(nan_outputs, honest_triton, targets, n, rest, dtype, backend):
+    check(logits_of((n * len(targets), *rest)), targets, backend, dtype)
+
+
+@needs_cuda
+def test_more_groups_than_a_launch_has(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_said", set())
+    logits, targets = logits_of((130, 1)), [0.5] * 65
+    with use_backend("cuda"):
+        found = gan_loss(logits, targets)
+    for got, want in zip(found, gan_loss(logits.double(), targets), strict=True):
+        assert error(got, want) < 1e-6
+    (record,) = caplog.records
+    assert "no kernel for gan_loss of more than 64 groups" in record.getMessage()
 
 
 @planted

@@ -15,8 +15,9 @@ import torch
 from fastgan.benchmarks import gpu_check, gpu_parts
 from fastgan.benchmarks.gpu_check import Check, Part
 from fastgan.benchmarks.gpu_report import markdown
+from support.numerics import needs_cuda
 
-from fastgan.ops import triton, tuning
+from fastgan.ops import cuda, triton, tuning
 
 NEEDS_TRITON = pytest.mark.skipif(
     any("not installed" in reason for reason in triton.missing_reasons()), reason="needs triton"
@@ -50,11 +51,11 @@ def interrupting(check, seconds):
 @NEEDS_TRITON
 def test_a_dry_run_checks_the_kernels(tmp_path, capsys):
     output, tables = tmp_path / "check.json", tmp_path / "check.md"
-    args = ["--dry-run", "--only", "sanitizer", "compile", "step", "ops"]
+    args = ["--dry-run", "--only", "sanitizer", "compile", "step", "passes", "ops"]
     code = gpu_check.main([*args, "--output", str(output), "--markdown", str(tables)])
     parts = json.loads(output.read_text())["parts"]
     assert {name: entry["status"] for name, entry in parts.items()} == {
-        **dict.fromkeys(("step", "ops"), "passed"),
+        **dict.fromkeys(("step", "passes", "ops"), "passed"),
         **dict.fromkeys(("sanitizer", "compile"), "skipped"),
     }
     assert code == 0
@@ -62,8 +63,51 @@ def test_a_dry_run_checks_the_kernels(tmp_path, capsys):
     for row in parts["ops"]["result"]["rows"]:
         assert len(row["ways"]) == 2
         assert all(way["right"] and way["us"] > 0 for way in row["ways"].values())
+    for row in parts["passes"]["result"]["rows"]:
+        assert row["ways"].keys() == {"reference", "triton"}
+        assert all(way["right"] and way["us"] > 0 for way in row["ways"].values())
     assert tables.read_text().strip() == capsys.readouterr().out.strip()
     assert "A dry run on the CPU" in tables.read_text()
+
+
+@NEEDS_TRITON
+@needs_cuda
+@pytest.mark.parametrize("part", ["kernels", "step", "passes", "ops"])
+def test_the_cuda_kernels_are_checked_too(part):
+    """Where they are built, as the tests build them for the CPU."""
+    records = []
+    assert gpu_parts.PARTS[part](gpu_parts.Job(dry_run=True), records.append)
+    found = records[-1]
+    if part == "kernels":
+        assert found["numbers"].keys() == {"triton", "cuda"}
+    elif part == "step":
+        assert all(row["own"].keys() == {"triton", "cuda"} for row in found["rows"])
+        assert "| triton | cuda | allowed |" in markdown(made_up(step=found))
+    elif part == "passes":
+        assert all(row["ways"].keys() == {"reference", "triton", "cuda"} for row in found["rows"])
+        assert all(way["right"] for row in found["rows"] for way in row["ways"].values())
+        assert "| batch norm " in markdown(made_up(passes=found))
+    else:
+        # Both layers of a dry run are ends of a network.
+        assert all("direct" in row["ways"] and len(row["ways"]) == 3 for row in found["rows"])
+
+
+@needs_cuda
+def test_a_wrong_pass_has_no_speed(monkeypatch):
+    launch = cuda.launch
+
+    def wrong(name, *arguments):
+        launch(name, *arguments)
+        if name == "bce_forward":
+            arguments[-1].add_(1.0)
+
+    monkeypatch.setattr(cuda, "launch", wrong)
+    records = []
+    assert not gpu_parts.passes(gpu_parts.Job(dry_run=True), records.append)
+    (row,) = (row for row in records[-1]["rows"] if row["what"].startswith("loss"))
+    assert row["ways"]["cuda"].keys() == {"right", "reason"}
+    assert row["ways"]["cuda"]["reason"].startswith("off by ")
+    assert row["ways"]["reference"]["right"]
 
 
 @NEEDS_TRITON
@@ -324,7 +368,7 @@ def test_the_tables():
                         "precision": "bf16",
                         "kind": "gradients",
                         "reference": 1e-2,
-                        "triton": None,
+                        "own": {"triton": None, "cuda": 2e-2},
                         "limit": 4e-2,
                         "right": False,
                     }
@@ -351,7 +395,7 @@ def test_the_tables():
     assert "- memory_gib: 79.6" in text and "- nvidia-smi: not there" in text
     assert "1 steps compiled and ran, 1 did not." in text
     assert "- 28x28x1, tf32, tile 3: no registers" in text
-    assert "| bf16 | gradients | 1.0e-02 |  | 4.0e-02 | wrong |" in text
+    assert "| bf16 | gradients | 1.0e-02 |  | 2.0e-02 | 4.0e-02 | wrong |" in text
     assert "| cuDNN | 1.0e-03 | 20.0 | 300.0 | 0.50 |  |" in text
     assert "| 128x128x64 | 1.0e-03 | 10.0 | 300.0 | 0.50 | fastest |" in text
     assert "| 64x64x64 |  |  |  |  | off \\| by much |" in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastgan.benchmarks import example_dcgan as example
 from support import training_parity
-from support.numerics import GPU_DEVICE, error, needs_triton
+from support.numerics import CUDA, GPU_DEVICE, TRITON, error
 
 from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, load_images
 
@@ -98,11 +98,11 @@ def test_cpp_trains_as_the_reference_does():
     assert found.within, found
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
 @pytest.mark.parametrize("fuse_passes", [False, "auto"])
 @pytest.mark.parametrize(("channels", "nc"), [(4, 1), (8, 3)])
-def test_triton_steps_as_the_reference_does(
-    nan_outputs, honest_triton, fp32_precision, channels, nc, fuse_passes
+def test_kernels_for_gpus_step_as_the_reference_does(
+    nan_outputs, honest_triton, fp32_precision, backend, channels, nc, fuse_passes
 ):
     """Two steps in float32 against the reference's in float64: a few roundings each."""
     start = DCGANGenerator(6, channels, nc, 16), DCGANDiscriminator(channels, nc, 16)
@@ -120,7 +120,7 @@ def test_triton_steps_as_the_reference_does(
         return {name: torch.as_tensor(value).cpu() for name, value in found.items()}
 
     want = run("reference", torch.float64, "cpu")
-    got = run("triton", torch.float32, GPU_DEVICE)
+    got = run(backend, torch.float32, GPU_DEVICE)
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert error(got[name], value.double()) < 2e-6, name

@@ -7,11 +7,18 @@ import sys
 
 import pytest
 import torch
-from support.numerics import needs_kernels
+import torch.nn.functional as F
+from support.numerics import error, needs_cuda, needs_kernels, needs_triton
 
-from fastgan.ops import conv, tuning
+from fastgan.ops import backend as backends
+from fastgan.ops import conv as convs
+from fastgan.ops import cpp, cuda, triton, tuning
+from fastgan.ops.augment import augment
 from fastgan.ops.backend import use_backend
+from fastgan.ops.block import conv_bn_act, conv_transpose_bn_act
 from fastgan.ops.bn_act import bn_act
+from fastgan.ops.conv import conv
+from fastgan.ops.gan_loss import gan_loss
 from fastgan.ops.tuning import fastest, tuning_file, use_choices
 
 
@@ -162,15 +169,15 @@ def test_choices_of_ones_own_gather_what_is_met(monkeypatch):
 @needs_kernels
 def test_the_file_is_of_one_instruction_set(use_isa):
     names = set()
-    for isa in conv.cpp.kernels().isas():
+    for isa in cpp.kernels().isas():
         use_isa(isa)
         names.add(tuning_file())
-    assert len(names) == len(conv.cpp.kernels().isas())
+    assert len(names) == len(cpp.kernels().isas())
 
 
 def convolve(n=2):
     x, weight = torch.zeros(n, 5, 8, 8, requires_grad=True), torch.zeros(6, 5, 4, 4)
-    conv.conv(x, weight.requires_grad_(), stride=2, padding=1).sum().backward()
+    conv(x, weight.requires_grad_(), stride=2, padding=1).sum().backward()
 
 
 @needs_kernels
@@ -202,9 +209,9 @@ def test_only_auto_takes_torchs(monkeypatch, backend, taken):
     monkeypatch.setattr(tuning, "_measure", lambda ways, device: times)
     took = set()
     for name in ("forward", "wgrad"):
-        run = getattr(conv._Cpp, name)
+        run = getattr(convs._Cpp, name)
         monkeypatch.setattr(
-            conv._Cpp,
+            convs._Cpp,
             name,
             lambda self, way, *args, run=run: took.add(way) or run(self, way, *args),
         )
@@ -288,3 +295,116 @@ def test_nothing_is_measured_while_a_graph_is_captured(gpu):
     assert fastest("p", ways, tuple(ways), GPU) == "second"
     gpu(True)
     assert fastest("p", ways, tuple(ways), GPU) == "second"
+
+
+@pytest.fixture
+def gpu_backends(monkeypatch):
+    """On the CPU `auto` chooses among what it has on a GPU; what each op ran is in the list."""
+    names = ("cuda", "triton")
+    monkeypatch.setitem(backends._KERNELS, "cpu", names)
+    ran = []
+    for module, wrapped in ((cuda, "launch"), (triton, "kernels")):
+        call = getattr(module, wrapped)
+
+        def spied(*args, call=call, module=module):
+            # What the ops run, and not what they ask of sizes.
+            if module is cuda or args != ("common",):
+                ran.append(module.__name__.rpartition(".")[2])
+            return call(*args)
+
+        monkeypatch.setattr(module, wrapped, spied)
+    return ran
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Sets what each way takes; a way that is not named takes longest."""
+    times = {}
+
+    def measured(ways, device):
+        return {name: times.get(name, 9.0) for name in ways}
+
+    monkeypatch.setattr(tuning, "_times", {})
+    monkeypatch.setattr(tuning, "_measure", measured)
+    return times
+
+
+def loss_and_images():
+    leaf = torch.randn(4, 1, requires_grad=True)
+    gan_loss(leaf, (1.0, 0.0))[0].sum().backward()
+    return augment(torch.zeros(2, 4, 4, 3, dtype=torch.uint8)), leaf.grad
+
+
+def normalised():
+    x = torch.randn(4, 8, 3, 3, requires_grad=True)
+    bn_act(x, groups=2, activation="relu").sum().backward()
+    return (x.grad,)
+
+
+@needs_triton
+@needs_cuda
+@pytest.mark.parametrize("fastest", ["cuda", "triton"])
+@pytest.mark.parametrize("call", [loss_and_images, normalised])
+def test_auto_runs_the_backend_that_measures_fastest(gpu_backends, timed, call, fastest):
+    timed[fastest] = 1.0
+    call()
+    assert set(gpu_backends) == {fastest}
+
+
+@needs_triton
+@needs_cuda
+@pytest.mark.parametrize("way", ["direct", "torch", "16x16x16 warps 4 stages 4"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_auto_convolves_the_way_that_measures_fastest(gpu_backends, timed, way, transposed):
+    """Whose statistics another may write in other tiles."""
+    timed[way] = 1.0
+    x, weight = torch.randn(4, 20 if transposed else 3, 6, 6), torch.randn(20, 3, 4, 4)
+    call = conv_transpose_bn_act if transposed else conv_bn_act
+    with use_backend("reference"):
+        want = call(x.double(), weight.double(), groups=2)
+    got = call(x, weight, groups=2)
+    assert error(got, want) < 1e-6
+    assert "cuda" in gpu_backends or way != "direct"
+
+
+@needs_triton
+@needs_cuda
+def test_auto_measures_the_interpreter_the_cuda_kernels_and_torch(gpu_backends, tmp_path):
+    """As it measures on a GPU: one result, whichever wins, and a file that says which."""
+    x, weight = torch.randn(2, 20, 3, 3), torch.randn(20, 3, 4, 4)
+    got = conv(x, weight, stride=2, padding=1, transposed=True)
+    want = F.conv_transpose2d(x.double(), weight.double(), stride=2, padding=1)
+    assert error(got, want) < 1e-6
+    times = json.loads(tuning_file().read_text())
+    (problem,) = times
+    assert problem.startswith("dgrad n2 low 20x3x3 high 3x6x6")
+    assert {"direct", "torch"} < times[problem].keys() and len(times[problem]) == 3
+    # What is fastest is kept for the next time.
+    before = tuning_file().read_bytes()
+    conv(x, weight, stride=2, padding=1, transposed=True)
+    assert tuning_file().read_bytes() == before
+
+
+def test_a_gpu_is_timed_without_triton_too(monkeypatch):
+    """By events, on which a call counts as what came between."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call():
+        clock[0] += 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(tuning.triton, "missing_reasons", lambda: ["none"])
+    assert tuning._gpu_turn(call) == pytest.approx(2.5)

@@ -23,7 +23,8 @@ struct Array {
   Sizes shape, strides;
 };
 
-constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16", "uint8", "bool", "int64"};
+constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16",
+                                       "uint8",   "bool",     "int64"};
 // The kernels count elements in 32 bits.
 constexpr int64_t kMostElements = INT32_MAX;
 // The widest access.
@@ -32,8 +33,8 @@ constexpr uintptr_t kAlignment = 16;
 inline Dtype dtype_named(const std::string& name) {
   for (int i = 0; i < int(std::size(kDtypeNames)); ++i)
     if (name == kDtypeNames[i]) return Dtype(i);
-  throw std::invalid_argument("dtype '" + name + "': the kernels know float32, bfloat16, float16, " +
-                              "uint8, bool and int64");
+  throw std::invalid_argument("dtype '" + name + "': the kernels know float32, bfloat16, " +
+                              "float16, uint8, bool and int64");
 }
 
 inline bool floating(Dtype dtype) {
@@ -84,14 +85,16 @@ class Call {
   // [n, c, h, w] in the order n, h, w, c, of a floating dtype: that of the first such argument.
   void* images(const char* argument, const Array& a) {
     require(a.shape.size() == 4, named(argument, a) + " is not [N, C, H, W]");
-    require(floating(a.dtype), named(argument, a) + ": the kernels take float32, bfloat16, float16");
+    require(floating(a.dtype),
+            named(argument, a) + ": the kernels take float32, bfloat16, float16");
     if (dtype_set_)
       require(a.dtype == dtype_, named(argument, a) + " is not " + kDtypeNames[int(dtype_)] +
                                      " as the others are: convert it");
     dtype_ = a.dtype;
     dtype_set_ = true;
     return dense(argument, a, {0, 2, 3, 1},
-                 "in the order N, H, W, C: pass it as .contiguous(memory_format=torch.channels_last)");
+                 "in the order N, H, W, C: pass it as "
+                 ".contiguous(memory_format=torch.channels_last)");
   }
 
   void* images(const char* argument, const Array& a, const Sizes& shape) {

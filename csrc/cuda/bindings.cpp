@@ -77,7 +77,8 @@ auto conv_forward(const Convolution& c, bool transposed) {
                          int activation, float negative_slope, const Array& y, const Array* stats,
                          uintptr_t stream) {
     Call call(transposed ? c.dgrad_name : c.fprop_name);
-    const Sides s = transposed ? sides(call, c.thin, x, y, weight) : sides(call, c.thin, y, x, weight);
+    const Sides s =
+        transposed ? sides(call, c.thin, x, y, weight) : sides(call, c.thin, y, x, weight);
     check_groups(call, groups, s.shape.n);
     const int channels = transposed ? s.shape.ch : s.shape.cl;
     ConvEpilogue end{call.per_channel("bias", bias, channels), call.act(activation, negative_slope),

@@ -12,8 +12,10 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kMostChannels = 32;
-// Rows that a thread has on their way at a time.
-constexpr int kUnroll = 4;
+// Rows that a thread has on their way at a time, of one tensor and of two.
+constexpr int kUnroll = 4, kUnrollTwo = 2;
+// Rows of a thread that are worth a block, and a tile to merge.
+constexpr int kLeastRows = 2;
 // Tiles that a group is cut into: what each block of the second launch has to merge.
 constexpr int kMostTiles = 64;
 constexpr int kStatsBlocks = 1024;
@@ -55,12 +57,13 @@ struct Normal {
 
   __device__ void load(const float* means, const float* invstds, PerChannel weight,
                        PerChannel biases, int channel) {
+    values_or(weight, channel, 1.0f, scale);
+    values_or(biases, channel, 0.0f, bias);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       mean[i] = means[i];
       invstd[i] = invstds[i];
-      scale[i] = invstds[i] * value_or(weight, channel + i, 1.0f);
-      bias[i] = value_or(biases, channel + i, 0.0f);
+      scale[i] *= invstds[i];
     }
   }
   // Before the activation: one expression for both passes, which see the same side of a kink.
@@ -75,23 +78,36 @@ struct Normal {
   }
 };
 
-// Calls f(row, vectors...) for rows of a tile, several loads ahead.
+// Calls f(row, x) for rows of a tile, several loads ahead; f(row, x, dy) of two tensors.
 template <int N, class T, class F>
 __device__ __forceinline__ void for_rows(int begin, int end, int step, size_t first, int channels,
-                                         const T* a, const T* b, F f) {
+                                         const T* x, F f) {
   for (int row = begin; row < end; row += kUnroll * step) {
-    Vector<T, N> as[kUnroll], bs[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int r = row + u * step;
-      if (r >= end) break;
-      const size_t at = first + size_t(r) * channels;
-      as[u] = load<N>(a + at);
-      if (b) bs[u] = load<N>(b + at);
-    }
+    Vector<T, N> xs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (row + u * step < end) f(row + u * step, as[u], bs[u]);
+      if (row + u * step < end) xs[u] = load<N>(x + first + size_t(row + u * step) * channels);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (row + u * step < end) f(row + u * step, xs[u]);
+  }
+}
+
+template <int N, class T, class F>
+__device__ __forceinline__ void for_rows_of_two(int begin, int end, int step, size_t first,
+                                                int channels, const T* x, const T* dy, F f) {
+  for (int row = begin; row < end; row += kUnrollTwo * step) {
+    Vector<T, N> xs[kUnrollTwo], dys[kUnrollTwo];
+#pragma unroll
+    for (int u = 0; u < kUnrollTwo; ++u)
+      if (row + u * step < end) {
+        const size_t at = first + size_t(row + u * step) * channels;
+        xs[u] = load<N>(x + at);
+        dys[u] = load<N>(dy + at);
+      }
+#pragma unroll
+    for (int u = 0; u < kUnrollTwo; ++u)
+      if (row + u * step < end) f(row + u * step, xs[u], dys[u]);
   }
 }
 
@@ -109,8 +125,8 @@ __global__ __launch_bounds__(kThreads) void bn_stats_kernel(const T* x, float* s
     const auto pivots = load<N>(x + first + size_t(min(start, rows - 1)) * channels);
 #pragma unroll
     for (int i = 0; i < N; ++i) pivot[i] = to_float(pivots.at[i]);
-    for_rows<N>(start + at.row, end, at.rows, first, channels, x, static_cast<const T*>(nullptr),
-                [&](int, const Vector<T, N>& values, const Vector<T, N>&) {
+    for_rows<N>(start + at.row, end, at.rows, first, channels, x,
+                [&](int, const Vector<T, N>& values) {
                   count += 1.0f;
                   const float share = 1.0f / count;
 #pragma unroll
@@ -209,8 +225,7 @@ __global__ __launch_bounds__(kThreads) void bn_act_fwd_kernel(
   normal.load(means, invstds, weight, bias, at.channel);
   const size_t first = size_t(group) * rows * channels + at.channel;
   for_rows<N>(blockIdx.x * at.rows + at.row, rows, gridDim.x * at.rows, first, channels, x,
-              static_cast<const T*>(nullptr),
-              [&](int row, const Vector<T, N>& values, const Vector<T, N>&) {
+              [&](int row, const Vector<T, N>& values) {
                 Vector<T, N> out;
 #pragma unroll
                 for (int i = 0; i < N; ++i)
@@ -233,7 +248,7 @@ __global__ __launch_bounds__(kThreads) void bn_act_bwd_reduce_kernel(
     normal.load(mean + group * channels + at.channel, invstd + group * channels + at.channel,
                 weight, bias, at.channel);
     const size_t first = size_t(group) * rows * channels + at.channel;
-    for_rows<N>(start + at.row, end, at.rows, first, channels, x, dy,
+    for_rows_of_two<N>(start + at.row, end, at.rows, first, channels, x, dy,
                 [&](int, const Vector<T, N>& xs, const Vector<T, N>& dys) {
 #pragma unroll
                   for (int i = 0; i < N; ++i) {
@@ -336,7 +351,8 @@ __global__ __launch_bounds__(kThreads) void bn_act_bwd_kernel(
   normal.load(mean + group * channels + at.channel, invstd + group * channels + at.channel, weight,
               bias, at.channel);
   const size_t first = size_t(group) * rows * channels + at.channel;
-  for_rows<N>(blockIdx.x * at.rows + at.row, rows, gridDim.x * at.rows, first, channels, x, dy,
+  for_rows_of_two<N>(blockIdx.x * at.rows + at.row, rows, gridDim.x * at.rows, first, channels, x,
+              dy,
               [&](int row, const Vector<T, N>& xs, const Vector<T, N>& dys) {
                 Vector<T, N> out;
 #pragma unroll
@@ -375,10 +391,12 @@ size_t per_part(Columns columns, int values) {
   return sizeof(float) * kThreads / std::max(columns.lanes, kWarp) * columns.width * values;
 }
 
+// Of a block or a tile.
+int least_rows(Columns columns) { return kThreads / columns.lanes * kLeastRows; }
+
 dim3 row_grid(BatchNormShape s, Columns columns, int most_blocks) {
-  const int at_once = kThreads / columns.lanes;
   const int most = std::max(most_blocks / (s.groups * columns.blocks), 1);
-  return dim3(std::min(ceil_div(s.rows, at_once), most), columns.blocks, s.groups);
+  return dim3(std::min(ceil_div(s.rows, least_rows(columns)), most), columns.blocks, s.groups);
 }
 
 }  // namespace
@@ -388,7 +406,7 @@ int bn_most_tiles() { return kMostTiles; }
 int bn_tiles(BatchNormShape s, Dtype dtype) {
   const Columns columns = columns_of(s.channels, vector_of(s.channels, dtype));
   const int wanted = std::clamp(kStatsBlocks / (s.groups * columns.blocks), 1, kMostTiles);
-  const int tile_rows = ceil_div(s.rows, std::min(wanted, ceil_div(s.rows, kThreads / columns.lanes)));
+  const int tile_rows = ceil_div(s.rows, std::min(wanted, ceil_div(s.rows, least_rows(columns))));
   return ceil_div(s.rows, tile_rows);
 }
 

@@ -82,6 +82,33 @@ __device__ __forceinline__ float value_or(PerChannel values, int channel, float 
   return values.data ? value(values, channel) : otherwise;
 }
 
+// Of N channels in a row, the first a multiple of N.
+template <class T, int N>
+__device__ __forceinline__ void values_of(const void* data, int channel, float (&out)[N]) {
+  constexpr int kAtOnce = N < kWidest<T> ? N : kWidest<T>;
+#pragma unroll
+  for (int i = 0; i < N; i += kAtOnce) {
+    const auto some = load<kAtOnce>(static_cast<const T*>(data) + channel + i);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) out[i + j] = to_float(some.at[j]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void values_or(PerChannel values, int channel, float otherwise,
+                                          float (&out)[N]) {
+  if (!values.data) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = otherwise;
+  } else if (values.dtype == Dtype::kBFloat16) {
+    values_of<__nv_bfloat16>(values.data, channel, out);
+  } else if (values.dtype == Dtype::kFloat16) {
+    values_of<__half>(values.data, channel, out);
+  } else {
+    values_of<float>(values.data, channel, out);
+  }
+}
+
 __device__ __forceinline__ void set_value(PerChannel values, int channel, float x) {
   switch (values.dtype) {
     case Dtype::kBFloat16:

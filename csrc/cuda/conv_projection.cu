@@ -1,5 +1,5 @@
-// A low side of 1x1 without padding, the first layer of a generator and the last of a discriminator:
-// with every tap so many more channels of the high side, high [n, k] and weight [cl, k], it is
+// A low side of 1x1 without padding: the first layer of a generator, the last of a discriminator.
+// With every tap so many more channels of the high side, high [n, k] and weight [cl, k], it is
 //
 //   fprop: low = high * weight^T    dgrad: high = low * weight    wgrad: weight = low^T * high
 //
@@ -62,7 +62,7 @@ __global__ __launch_bounds__(Square::kThreads) void projection_fprop_kernel(cons
 }
 
 template <class T, int N>
-__global__ __launch_bounds__(Square::kThreads) void projection_dgrad_kernel(const T* low,
+__global__ __launch_bounds__(Square::kThreads, 1) void projection_dgrad_kernel(const T* low,
                                                                             const T* weight,
                                                                             T* high, Output out,
                                                                             int cl) {

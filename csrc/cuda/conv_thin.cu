@@ -84,8 +84,9 @@ constexpr size_t shared_bytes(int pixels) {
   return sizeof(float) * Square::kShared + sizeof(From) * (pixels + kMostTapChannels);
 }
 
+// One block a multiprocessor, or the compiler would spill registers to have more of them.
 template <class T, int N>
-__global__ __launch_bounds__(Square::kThreads) void thin_fprop_kernel(const T* high,
+__global__ __launch_bounds__(Square::kThreads, 1) void thin_fprop_kernel(const T* high,
                                                                       const T* weight, T* low,
                                                                       Output out, ConvShape s) {
   const Rows rows = rows_of<Square>(out);
@@ -140,7 +141,7 @@ constexpr int kDgradShared =
     std::max(kDepth * (kPlane + kTaps * kPadded<CH>), kHighSide * kHighSide * CH);
 
 template <class T, int CH, int N>
-__global__ __launch_bounds__(kDgradThreads) void thin_dgrad_kernel(const T* low, const T* weight,
+__global__ __launch_bounds__(kDgradThreads, 1) void thin_dgrad_kernel(const T* low, const T* weight,
                                                                    T* high, ConvShape s,
                                                                    ConvEpilogue end, int tiles_y,
                                                                    int tiles_x) {
@@ -234,7 +235,8 @@ __global__ __launch_bounds__(kDgradThreads) void thin_dgrad_kernel(const T* low,
       own = merge(own, {1.0f, value, 0.0f});
     }
     own = merge_lanes(own, 1);
-    if (threadIdx.x % kWarp == 0) store_moments(parts, kDgradThreads / kWarp, threadIdx.x / kWarp, own);
+    if (threadIdx.x % kWarp == 0)
+      store_moments(parts, kDgradThreads / kWarp, threadIdx.x / kWarp, own);
     __syncthreads();
     if (threadIdx.x == 0) {
       Moments all;

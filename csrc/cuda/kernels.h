@@ -1,4 +1,4 @@
-// The host functions that launch the CUDA kernels. csrc/cuda/bindings.cpp checks what they are given.
+// The host functions that launch the CUDA kernels; bindings.cpp checks what they are given.
 //
 // Images are NHWC and dense, of one of the floating dtypes; statistics, sums and parts are float32.
 // A launcher only puts kernels on the stream of the queue: it allocates nothing, waits for nothing
@@ -38,7 +38,7 @@ struct BatchNormShape {
   int groups, rows, channels;
 };
 
-// Statistics are (count, mean, M2), the last being the sum of squared deviations, of tiles of rows:
+// Statistics are (count, mean, M2), M2 being the sum of squared deviations, of tiles of rows:
 // [groups * tiles, 3, channels]. Those of one group follow one another.
 int bn_tiles(BatchNormShape, Dtype);
 void bn_stats(Queue, BatchNormShape, Dtype, const void* x, float* stats, int tiles);
@@ -46,8 +46,8 @@ void bn_stats(Queue, BatchNormShape, Dtype, const void* x, float* stats, int til
 int bn_most_tiles();
 // Merges runs of a group's `tiles` into bn_most_tiles() or fewer, `folded`.
 void bn_fold(Queue, BatchNormShape, const float* stats, int tiles, float* out, int folded);
-// y = act((x - mean) * invstd * weight + bias). Where there are `stats`, writes mean, invstd and the
-// biased var, [groups, channels], of which it takes mean and invstd otherwise.
+// y = act((x - mean) * invstd * weight + bias). Where there are `stats`, writes mean, invstd and
+// the biased var, [groups, channels], of which it takes mean and invstd otherwise.
 void bn_act_forward(Queue, BatchNormShape, Dtype, const void* x, const float* stats, int tiles,
                     float eps, float* mean, float* invstd, float* var, PerChannel weight,
                     PerChannel bias, Act, void* y);

@@ -1,5 +1,5 @@
-// A matrix product on the ordinary cores, C [m, n] = A [m, k] * B [k, n], of which each block makes a
-// tile: for the convolutions whose sums or columns are too few for tensor cores to matter.
+// A matrix product on the ordinary cores, C [m, n] = A [m, k] * B [k, n], of which each block makes
+// a tile: for the convolutions whose sums or columns are too few for tensor cores to matter.
 //
 // What a block multiplies comes by two loaders, which know how A and B lie in memory, and is put
 // together in shared memory, in float32. A loader has
@@ -218,8 +218,10 @@ __device__ __forceinline__ void finish_part(
                                     rows - row, columns - column, as_it_is);
 }
 
-// As many parts as give each of the multiprocessors two blocks, of at least `least` of the sum.
+// As many parts as give each of the multiprocessors two blocks, of at least `least` of the sum; one
+// where there are blocks enough.
 inline int parts_of(int depth, int tiles, int multiprocessors, int least) {
+  if (tiles >= multiprocessors) return 1;
   const int wanted = ceil_div(2 * multiprocessors, tiles);
   return std::max(std::min(wanted, depth / least), 1);
 }

@@ -27,8 +27,8 @@ class _Found(NamedTuple):
     on_host: bool = False
 
 
-@functools.cache
-def _find() -> _Found:
+def find() -> _Found:
+    """Look for the extension and a GPU."""
     try:
         extension = importlib.import_module("fastgan._cuda")
     except ImportError as error:
@@ -41,6 +41,9 @@ def _find() -> _Found:
     if torch.version.hip is not None:
         return _Found(None, "the CUDA kernels are for NVIDIA's GPUs, and torch is built for AMD's")
     return _Found(extension, gpu.missing_reason())
+
+
+_find = functools.cache(find)
 
 
 def missing_reasons() -> list[str]:
@@ -98,11 +101,17 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
+@torch.compiler.assume_constant_result
+def _most_row_bytes() -> int:
+    """Of an image that ``augment`` takes."""
+    return int(kernels().MOST_ROW_BYTES)
+
+
 def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
     """Why the kernels of ``op`` cannot take ``tensors``, where they can run at all."""
     reasons = gpu.unsupported_reasons(op, on_host(), *tensors)
     if op == "augment" and tensors and tensors[0].ndim == 4:
-        row, most = tensors[0].shape[2] * tensors[0].shape[3], int(kernels().MOST_ROW_BYTES)
+        row, most = tensors[0].shape[2] * tensors[0].shape[3], _most_row_bytes()
         if row > most:
             reasons.append(f"a row of an image has {row} bytes, the kernel takes {most}")
     return reasons

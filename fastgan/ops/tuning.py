@@ -32,6 +32,7 @@ _ROUNDS = 3
 _TURN_SECONDS = 1e-3
 
 _GPU_TURN_MS = 20
+_GPU_CALLS = 50
 _CPU = torch.device("cpu")
 
 # Milliseconds of each way, by problem.
@@ -85,7 +86,8 @@ def use_choices(choices: Times) -> Iterator[None]:
 def tuning_file(device: torch.device = _CPU) -> Path:
     """Where times are kept: a JSON file by CPU and instruction set, or by GPU, and by versions."""
     if device.type == "cuda":
-        machine = f"{torch.cuda.get_device_name(device)} triton {triton.version()}"
+        found = "none" if triton.missing_reasons() else triton.version()
+        machine = f"{torch.cuda.get_device_name(device)} triton {found}"
     else:
         machine = f"{cpu_name()} {cpp.kernels().isa() if not cpp.missing_reasons() else 'none'}"
     machine += f" torch {torch.__version__} fastgan {__version__}"
@@ -137,9 +139,23 @@ def _cpu_turn(way: Callable[[], object]) -> float:
 
 def _gpu_turn(way: Callable[[], object]) -> float:
     """By replays of a captured graph: a launch from Python takes longer than a small kernel."""
+    if triton.missing_reasons():
+        return _launched_turn(way)
     from triton.testing import do_bench_cudagraph
 
     return float(do_bench_cudagraph(way, rep=_GPU_TURN_MS, return_mode="median"))
+
+
+def _launched_turn(way: Callable[[], object]) -> float:
+    """By events around as many calls as hide their launches behind one another, without triton."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    way()
+    start.record()
+    for _ in range(_GPU_CALLS):
+        way()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / _GPU_CALLS
 
 
 def _read(path: Path) -> Times:

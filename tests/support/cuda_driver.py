@@ -1,8 +1,9 @@
 """Runs the CUDA kernels of a library on NumPy arrays, through the PTX in the library.
 
 The host code of the library runs: it chooses kernels and grids, and launches. What takes the launch
-is not the CUDA runtime but ``cuda_runtime_stand_in.c``, which has its limits and errors and hands
-the launch to :mod:`support.ptx`. The runtime must not be loaded, so no torch built for CUDA.
+is not the CUDA runtime but ``benchmarks/cuda_runtime_stand_in.c``, which has its limits and errors
+and hands the launch to :mod:`support.ptx`. The runtime must not be loaded, so no torch built for
+CUDA.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from fastgan.benchmarks.cuda_build import short_name
 from support.cuda_build import build_stand_in, ptx_of, runtime_name
 from support.ptx import WarpOrder
 from support.ptx_launches import SHARED_BYTES, Launch, Runner
@@ -195,31 +197,6 @@ def in_kernel(name: str, edit: Callable[[str], str]) -> Callable[[str], str]:
         return edit(ptx) if name in (short, short.partition("<")[0]) else ptx
 
     return chosen
-
-
-def short_name(symbol: str) -> str:
-    """Of a mangled kernel: the last name and the template arguments."""
-    name = _demangled(symbol).replace("(anonymous namespace)::", "")
-    depth = start = 0
-    for i, character in enumerate(name):
-        depth += (character == "<") - (character == ">")
-        if not depth and character == "(":
-            return name[start:i]
-        if not depth and character in " :":
-            start = i + 1
-    return name[start:]
-
-
-@functools.cache
-def _demangled(symbol: str) -> str:
-    demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
-    demangle.restype = ctypes.c_void_p
-    status = ctypes.c_int()
-    found = demangle(symbol.encode(), None, None, ctypes.byref(status))
-    if not found:
-        return symbol
-    # A few bytes for each kernel are not worth a free().
-    return ctypes.string_at(found).decode()
 
 
 @functools.cache

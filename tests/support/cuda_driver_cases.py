@@ -9,15 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
-from support.cuda_build import build_library
+from support.cuda_build import TOYS, build_library
 from support.cuda_driver import A100, H100, Running, in_kernel, running_cuda
 from support.ptx_launches import Launch
 from support.ptx_runs import ORDERS, Edit, Outcome, serve, without
 
-TOYS = Path(__file__).with_name("cuda_driver_toys.cu")
 # A unit in the last place.
 EPS = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-10}
 
