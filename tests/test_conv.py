@@ -294,7 +294,9 @@ def check_op(sizes, transposed, activation, layout, backend, dtype=torch.float32
     for name, g, w, o in zip(("y", "dx", "dweight", "dbias"), got, want, own, strict=True):
         winograd = by_winograd(sizes) and backend not in ("triton", "cuda")
         assert g.dtype == dtype
-        assert error(g, w) <= (WINOGRAD if winograd else limit(o, w)), name
+        # Of one number, as a bias of one channel has, torch's own error may be none.
+        floors = 4 if backend == "cuda" else 1
+        assert error(g, w) <= (WINOGRAD if winograd else limit(o, w, floors)), name
 
 
 @needs_kernels
