@@ -38,7 +38,9 @@ def missing_reason() -> str | None:
         return "only on Linux"
     if shutil.which("nvcc") is None:
         return "nvcc is not on the PATH"
-    return None if cuobjdump() else "neither triton nor the PATH has cuobjdump"
+    if not cuobjdump():
+        return "neither triton nor the PATH has cuobjdump"
+    return None if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
 
 
 def nvcc_flags() -> list[str]:

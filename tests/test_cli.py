@@ -15,7 +15,7 @@ import torch
 from fastgan.benchmarks import example_dcgan as example
 from PIL import Image
 from safetensors.torch import load_file
-from support.numerics import error, needs_kernels, needs_triton
+from support.numerics import error, needs_cuda, needs_kernels, needs_triton
 from support.runs import fastgan, run_small
 
 from fastgan import Engine, cli
@@ -23,7 +23,7 @@ from fastgan.cli import train as train_command
 from fastgan.data import sources
 from fastgan.errors import InputError
 from fastgan.machine import cache_folder
-from fastgan.ops import cpp, triton, tuning
+from fastgan.ops import cpp, cuda, triton, tuning
 from fastgan.ops.backend import BACKENDS, unsupported_reasons
 from fastgan.train import loop
 
@@ -80,7 +80,7 @@ def test_version(capsys):
     assert code == 0 and re.fullmatch(r"fastgan \d+\.\d+\.\d+\n", out)
 
 
-def test_doctor(capsys, monkeypatch):
+def test_doctor(capsys, monkeypatch, without_cuda):
     code, out, err = call(capsys, "doctor")
     assert (code, err) == (0, "")
     assert re.search(r"reference +yes", out)
@@ -106,6 +106,14 @@ def test_doctor_without_a_gpu(monkeypatch):
     )
     assert "GPU: none that torch can use" in result.stdout
     assert re.search(r"augment +yes +no +no +no\n", result.stdout)
+
+
+@needs_cuda
+def test_doctor_on_the_cuda_kernels(capsys):
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0 and re.search(r"cuda +yes", out)
+    where = "compiled for the CPU" if cuda.on_host() else "in .*_cuda"
+    assert re.search(rf"CUDA kernels: {where}", out)
 
 
 @needs_triton

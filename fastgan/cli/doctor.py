@@ -99,8 +99,11 @@ def _print_backends() -> None:
 
 
 def _print_kernels() -> None:
-    from fastgan.ops import cpp, triton, tuning
+    from fastgan.ops import cpp, cuda, triton, tuning
 
+    if not cuda.missing_reasons():
+        where = "compiled for the CPU" if cuda.on_host() else f"in {cuda.kernels().__file__}"
+        print(f"CUDA kernels: {where}; convolutions at the ends of the networks")
     if not triton.missing_reasons():
         where = "interpreted on the CPU" if triton.interpreted() else "compiled when first used"
         print(f"Triton kernels: {where}; convolutions of any size")
