@@ -28,6 +28,16 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
 # Poses as the CUDA runtime.
 STAND_IN = Path(__file__).with_name("cuda_runtime_stand_in.c")
+# What it hands a launch to: kernel, grid, block, shared bytes, stream, addresses of the arguments.
+LaunchHandler = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+)
 _SETUP = ROOT / "setup.py"
 WORKERS = 2
 

@@ -28,6 +28,7 @@ from fastgan.benchmarks.compiled_launches import (
     images_of,
     layers,
 )
+from fastgan.benchmarks.cuda_build import LaunchHandler
 from torch import Tensor
 
 from fastgan.errors import RunError
@@ -143,7 +144,7 @@ def _recorded_cuda(path: Path, parameters: Mapping[str, Sequence[int]]) -> Itera
             return _FAILURE
         return 0
 
-    handler = _HANDLER(take)
+    handler = LaunchHandler(take)
     library = ctypes.CDLL(str(path))
     before = cuda._find
     library.stand_in_on_launch(handler)
@@ -157,18 +158,7 @@ def _recorded_cuda(path: Path, parameters: Mapping[str, Sequence[int]]) -> Itera
         raise
     finally:
         cuda._find = before
-        library.stand_in_on_launch(_HANDLER())
-
-
-_HANDLER = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.c_size_t,
-    ctypes.c_void_p,
-    ctypes.POINTER(ctypes.c_void_p),
-)
+        library.stand_in_on_launch(LaunchHandler())
 
 
 class _Noting:

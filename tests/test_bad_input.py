@@ -338,7 +338,7 @@ def test_bad_data(place, capsys, make, message):
 
 
 @pytest.mark.parametrize(("args", "message"), FLAGS, ids=[" ".join(args) for args, _ in FLAGS])
-def test_bad_flags(place, capsys, args, message):
+def test_bad_flags(place, capsys, without_cuda, args, message):
     before = listing(place)
     code = cli.main(list(args))
     assert_one_line(code, *capsys.readouterr(), message)

@@ -146,7 +146,7 @@ def test_doctor_on_the_kernels(capsys):
     ("reason", "said"),
     [(["no compiler"], "no: no compiler"), (InputError("FASTGAN_CPU_ISA='x'"), "no: FASTGAN_CPU")],
 )
-def test_doctor_without_kernels(capsys, monkeypatch, reason, said):
+def test_doctor_without_kernels(capsys, monkeypatch, without_cuda, reason, said):
     def missing():
         if isinstance(reason, Exception):
             raise reason

@@ -364,6 +364,11 @@ def test_no_memory(kernels):
         kernels.module.act_backward(array, array, 1, SLOPE, array, 0)
 
 
+def test_strides_of_another_length(kernels):
+    with pytest.raises(ValueError, match=r"shape \(1, 1\) and strides \(1\) should be as long"):
+        kernels.module.Array(4096, "float32", 0, [1, 1], [1])
+
+
 def test_too_many_elements(kernels):
     shape, strides = [2**16, 2**15, 1, 1], [2**15, 1, 2**15, 2**15]
     array = kernels.module.Array(4096, "float32", 0, shape, strides)

@@ -283,7 +283,7 @@ def test_the_range_is_looked_at_in_the_first_batch_even_after_a_g_step():
         ({"noise": (0,)}, InputError, r"noise=\(0,\)"),
     ],
 )
-def test_arguments_out_of_range(kwargs, error, message):
+def test_arguments_out_of_range(without_cuda, kwargs, error, message):
     with pytest.raises(error, match=message):
         make(**kwargs)
 

@@ -64,15 +64,10 @@ inline Sizes dense_strides(const Sizes& shape, const std::vector<int>& order) {
   return strides;
 }
 
-// One call: checks its arguments against one another and, while it lives, has their device current.
+// One call: checks its arguments against one another.
 class Call {
  public:
   explicit Call(const char* name) : name_(name) {}
-  ~Call() {
-    if (before_ >= 0) cudaSetDevice(before_);
-  }
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
 
   [[noreturn]] void refuse(const std::string& why) const {
     throw std::invalid_argument(std::string(name_) + ": " + why);
@@ -136,14 +131,12 @@ class Call {
 
   Dtype dtype() const { return dtype_; }
 
-  // After all arguments: makes their device current.
-  Queue on(uintptr_t stream) {
+  // After all arguments: makes their device current, and leaves it so. Who calls has it current
+  // already, perhaps by another CUDA runtime, whose devices this one must not set back.
+  Queue on(uintptr_t stream) const {
     int current = -1;
     check(cudaGetDevice(&current));
-    if (current != device_) {
-      check(cudaSetDevice(device_));
-      before_ = current;
-    }
+    if (current != device_) check(cudaSetDevice(device_));
     return {reinterpret_cast<cudaStream_t>(stream)};
   }
 
@@ -187,7 +180,7 @@ class Call {
   const char* name_;
   Dtype dtype_ = Dtype::kFloat32;
   bool dtype_set_ = false;
-  int device_ = -1, before_ = -1;
+  int device_ = -1;
 };
 
 }  // namespace fastgan

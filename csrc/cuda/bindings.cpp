@@ -288,6 +288,9 @@ PYBIND11_MODULE(_cuda, m) {
                     "Device memory: an address, and strides in elements.")
       .def(py::init([](uintptr_t address, const std::string& dtype, int device, Sizes shape,
                        Sizes strides) {
+             if (shape.size() != strides.size())
+               throw std::invalid_argument("shape " + text(shape) + " and strides " +
+                                           text(strides) + " should be as long as one another");
              return Array{reinterpret_cast<void*>(address), dtype_named(dtype), device,
                           std::move(shape), std::move(strides)};
            }),

@@ -12,7 +12,7 @@ order, by ``momentum`` and with the unbiased variance, as that many separate cal
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,20 +74,43 @@ def bn_act_forward(
         and the running ones in evaluation.
     """
     x, weight, bias = cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
-    mean = invstd = var = None
+    running = None
     if not training:
         assert running_mean is not None
         assert running_var is not None
         mean, var = torch.stack([running_mean]).float(), torch.stack([running_var]).float()
-        invstd = (var + eps).rsqrt_()
-    arguments = x, mean, invstd, var, weight, bias, stats, eps, groups, activation, negative_slope
+        running = mean, (var + eps).rsqrt_(), var
+    given = _Given(x, weight, bias, activation, negative_slope)
 
     def run(backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _FORWARD[backend](*arguments)
+        return _FORWARD[backend](given, running, stats, eps, groups)
 
     tiles = 0 if stats is None else len(stats)
     key = f"forward {_key(x, groups)} training {training} tiles {tiles}"
     return run(fastest_backend(backend, "bn_act", key, run, x))
+
+
+class _Given(NamedTuple):
+    """What both passes of every backend take: dense, and contiguous."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    activation: str
+    negative_slope: float
+
+    def aligned(self) -> _Given:
+        x, weight, bias = map(cuda.aligned, self[:3])
+        assert x is not None
+        return self._replace(x=x, weight=weight, bias=bias)
+
+    @property
+    def code(self) -> int:
+        return cpp.ACTIVATION_CODES[self.activation]
+
+
+# Mean, invstd and var, where they are those of the running statistics and not of the batch.
+_Running = tuple[Tensor, Tensor, Tensor] | None
 
 
 def _key(x: Tensor, groups: int) -> str:
@@ -97,69 +120,49 @@ def _key(x: Tensor, groups: int) -> str:
 
 
 def _cpp_forward(
-    x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor | None,
-    eps: float,
-    groups: int,
-    activation: str,
-    negative_slope: float,
+    given: _Given, running: _Running, stats: Tensor | None, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``y``, ``mean``, ``invstd``, ``var``, of which the latter may be given."""
-    if mean is None or invstd is None or var is None:
-        mean, invstd, var = _cpp_statistics(x, stats, eps, groups)
-    y = _cpp_apply(x, mean, invstd, weight, bias, activation, negative_slope)
-    return y, mean, invstd, var
-
-
-def _triton_forward(
-    x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor | None,
-    eps: float,
-    groups: int,
-    activation: str,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`_cpp_forward`."""
-    if mean is None or invstd is None or var is None:
-        mean, invstd, var = _triton_statistics(x, stats, eps, groups)
-    y = empty_images(x, *x.shape)
-    triton.kernels("bn_act").bn_act_forward(
-        x, mean, invstd, weight, bias, activation, negative_slope, y
+    """``y``, ``mean``, ``invstd``, ``var``."""
+    x, weight, bias, _, slope = given
+    mean, invstd, var = running or _cpp_statistics(x, stats, eps, groups)
+    y = cpp.empty_images(*x.shape)
+    cpp.kernels().bn_apply(
+        _cpp_shape(x, len(mean)),
+        x.data_ptr(),
+        mean.data_ptr(),
+        invstd.data_ptr(),
+        cpp.address(weight),
+        cpp.address(bias),
+        given.code,
+        slope,
+        y.data_ptr(),
+        torch.get_num_threads(),
     )
     return y, mean, invstd, var
 
 
+def _triton_forward(
+    given: _Given, running: _Running, stats: Tensor | None, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`_cpp_forward`."""
+    x, *rest = given
+    mean, invstd, var = running or _triton_statistics(x, stats, eps, groups)
+    y = empty_images(x, *x.shape)
+    triton.kernels("bn_act").bn_act_forward(x, mean, invstd, *rest, y)
+    return y, mean, invstd, var
+
+
 def _cuda_forward(
-    x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor | None,
-    eps: float,
-    groups: int,
-    activation: str,
-    negative_slope: float,
+    given: _Given, running: _Running, stats: Tensor | None, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`_cpp_forward`, the statistics finished by the kernel that normalises."""
-    x, weight, bias = cuda.aligned(x), cuda.aligned(weight), cuda.aligned(bias)
-    tiles = None
-    if mean is None or invstd is None or var is None:
-        tiles = _cuda_tiles(x, stats, groups)
-        mean, invstd, var = (empty(x, groups, x.shape[1]) for _ in range(3))
-    y, act = empty_images(x, *x.shape), (cpp.ACTIVATION_CODES[activation], negative_slope)
-    cuda.launch("bn_act_forward", x, tiles, eps, mean, invstd, var, weight, bias, *act, y)
+    x, weight, bias, _, slope = given = given.aligned()
+    tiles = None if running else _cuda_tiles(x, stats, groups)
+    channels = x.shape[1]
+    mean, invstd, var = running or (empty(x, groups, channels) for _ in range(3))
+    y = empty_images(x, *x.shape)
+    of_channels = mean, invstd, var, weight, bias
+    cuda.launch("bn_act_forward", x, tiles, eps, *of_channels, given.code, slope, y)
     return y, mean, invstd, var
 
 
@@ -201,31 +204,6 @@ def _triton_statistics(
     mean, invstd, var = (empty(x, groups, c) for _ in range(3))
     k.bn_merge(stats, eps, mean, var, invstd, groups)
     return mean, invstd, var
-
-
-def _cpp_apply(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
-    y = cpp.empty_images(*x.shape)
-    cpp.kernels().bn_apply(
-        _cpp_shape(x, len(mean)),
-        x.data_ptr(),
-        mean.data_ptr(),
-        invstd.data_ptr(),
-        cpp.address(weight),
-        cpp.address(bias),
-        cpp.ACTIVATION_CODES[activation],
-        negative_slope,
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y
 
 
 def _cpp_shape(x: Tensor, groups: int) -> Any:
@@ -273,26 +251,20 @@ def bn_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx``, ``dweight``, ``dbias`` from what :func:`bn_act_forward` took and returned."""
     dy, x, weight, bias = cpp.dense(dy), cpp.dense(x), cpp.contiguous(weight), cpp.contiguous(bias)
-    arguments = dy, x, mean, invstd, weight, bias, training, activation, negative_slope
+    given = _Given(x, weight, bias, activation, negative_slope)
 
     def run(backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        return _BACKWARD[backend](*arguments)
+        return _BACKWARD[backend](given, dy, mean, invstd, training)
 
     key = f"backward {_key(x, len(mean))} training {training}"
     return run(fastest_backend(backend, "bn_act", key, run, x))
 
 
 def _cpp_backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    activation: str,
-    negative_slope: float,
+    given: _Given, dy: Tensor, mean: Tensor, invstd: Tensor, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx``, ``dweight``, ``dbias``."""
+    x, weight, bias, _, slope = given
     c = x.shape[1]
     dx, dweight, dbias = cpp.empty_images(*x.shape), cpp.empty(c), cpp.empty(c)
     cpp.kernels().bn_backward(
@@ -303,8 +275,8 @@ def _cpp_backward(
         invstd.data_ptr(),
         cpp.address(weight),
         cpp.address(bias),
-        cpp.ACTIVATION_CODES[activation],
-        negative_slope,
+        given.code,
+        slope,
         training,
         dx.data_ptr(),
         dweight.data_ptr(),
@@ -315,29 +287,28 @@ def _cpp_backward(
 
 
 def _triton_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    training: bool, activation: str, negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    given: _Given, dy: Tensor, mean: Tensor, invstd: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_cpp_backward`."""
+    x, weight, bias, *act = given
     dx, dweight, dbias = empty_images(x, *x.shape), *_empty_gradients(x, weight, bias)
     triton.kernels("bn_act").bn_act_backward(
-        dy, x, mean, invstd, weight, bias, training, activation, negative_slope, dx, dweight, dbias
+        dy, x, mean, invstd, weight, bias, training, *act, dx, dweight, dbias
     )
     return dx, dweight, dbias
 
 
 def _cuda_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    training: bool, activation: str, negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dy, x = cuda.aligned(dy), cuda.aligned(x)
-    weight, bias = cuda.aligned(weight), cuda.aligned(bias)
+    given: _Given, dy: Tensor, mean: Tensor, invstd: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_cpp_backward`."""
+    x, weight, bias, _, slope = given = given.aligned()
     dx, dweight, dbias = empty_images(x, *x.shape), *_empty_gradients(x, weight, bias)
     groups, c = mean.shape
     tiles = cuda.kernels().bn_tiles(groups, x.numel() // (groups * c), c, cuda.dtype_name(x))
-    act = training, cpp.ACTIVATION_CODES[activation], negative_slope
     cuda.launch(
         "bn_act_backward",
-        *(dy, x, mean, invstd, weight, bias, *act),
+        *(cuda.aligned(dy), x, mean, invstd, weight, bias, training, given.code, slope),
         *(dx, dweight, dbias, empty(x, groups * tiles, 2, c)),
     )
     return dx, dweight, dbias

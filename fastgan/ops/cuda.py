@@ -80,7 +80,8 @@ def launch(name: str, *arguments: Any) -> None:
     first = next(x for x in arguments if isinstance(x, Tensor))
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
     given = (_described(x) if isinstance(x, Tensor) else x for x in arguments)
-    getattr(kernels(), name)(*given, stream)
+    with torch.cuda.device_of(first):
+        getattr(kernels(), name)(*given, stream)
 
 
 def dtype_name(x: Tensor) -> str:

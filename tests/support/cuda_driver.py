@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from fastgan.benchmarks.cuda_build import short_name
+from fastgan.benchmarks.cuda_build import LaunchHandler, short_name
 from support.cuda_build import build_stand_in, ptx_of, runtime_name
 from support.ptx import WarpOrder
 from support.ptx_launches import SHARED_BYTES, Launch, Runner
@@ -26,16 +26,6 @@ from support.ptx_memory import PtxError, Region
 from support.ptx_text import TYPES, Parameter, split
 
 LAUNCH_FAILURE = 719
-
-_HANDLER = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.c_size_t,
-    ctypes.c_void_p,
-    ctypes.POINTER(ctypes.c_void_p),
-)
 
 
 class Device(NamedTuple):
@@ -155,12 +145,12 @@ def running_cuda(
     running = Running(library, Runner(warp_order, edit_ptx), execute)
     stand_in = _stand_in()
     stand_in.stand_in_device(*device, SHARED_BYTES[device.capability])
-    handler = _HANDLER(running.launch)
+    handler = LaunchHandler(running.launch)
     stand_in.stand_in_on_launch(handler)
     try:
         yield running
     finally:
-        stand_in.stand_in_on_launch(_HANDLER())
+        stand_in.stand_in_on_launch(LaunchHandler())
         stand_in.stand_in_fail_next_launch(0)
         stand_in.cudaGetLastError()
 
@@ -207,7 +197,7 @@ def _stand_in() -> ctypes.CDLL:
             f"{runtime_name()} is loaded already, by torch most likely: this needs another process"
         )
     stand_in = ctypes.CDLL(str(build_stand_in()), mode=ctypes.RTLD_GLOBAL)
-    stand_in.stand_in_on_launch.argtypes = [_HANDLER]
+    stand_in.stand_in_on_launch.argtypes = [LaunchHandler]
     return stand_in
 
 
