@@ -59,7 +59,8 @@ def ways(sizes):
 
 def kernels_of(sizes, groups=0):
     step = sizes.stride, sizes.padding
-    return ops._Cpp(ops._problem(sizes.low, sizes.high, sizes.weight, *step, groups))
+    problem = ops._problem(sizes.low, sizes.high, sizes.weight, *step, groups)
+    return ops._Cpp(problem, torch.float32)
 
 
 SMALL = (
