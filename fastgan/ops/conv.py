@@ -350,7 +350,17 @@ class _Cpp(_Kernels):
         return cpp.kernels().ConvShape(p.n, p.h, p.w, p.cl, p.ch)
 
 
-class _Triton(_Kernels):
+class _OnGpu(_Kernels):
+    """Kernels that write to torch's own memory."""
+
+    def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
+        return empty_images(like, *sizes)
+
+    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
+        return empty(like, *sizes)
+
+
+class _Triton(_OnGpu):
     """The Triton kernels; a way is a tile of the matrix product."""
 
     def __init__(self, problem: _Problem, dtype: torch.dtype) -> None:
@@ -363,12 +373,6 @@ class _Triton(_Kernels):
 
     def ways(self, direction: str) -> tuple[str, ...]:
         return tuple(self._tiles(direction))
-
-    def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
-        return empty_images(like, *sizes)
-
-    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
-        return empty(like, *sizes)
 
     def stats_tiles(self, transposed: bool) -> int:
         if not self.problem.groups:
@@ -406,17 +410,11 @@ def _tiles_of(product: Any, direction: str) -> dict[str, Any]:
     return {str(tile): tile for tile in (tiles[:1] if triton.interpreted() else tiles)}
 
 
-class _Cuda(_Kernels):
+class _Cuda(_OnGpu):
     """The CUDA kernels: the image's end of a network, and projections; the one way is direct."""
 
     def ways(self, direction: str) -> tuple[str, ...]:
         return ("direct",) if self._kind() else ()
-
-    def empty_images(self, like: Tensor, *sizes: int) -> Tensor:
-        return empty_images(like, *sizes)
-
-    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
-        return empty(like, *sizes)
 
     def stats_tiles(self, transposed: bool) -> int:
         p = self.problem
@@ -465,7 +463,7 @@ class _Cuda(_Kernels):
         return int(of(p.n, p.cl, p.h, p.w, p.ch, p.high_h, p.high_w, other))
 
 
-class _Either(_Kernels):
+class _Either(_OnGpu):
     """Several kernels of our own for one problem, each with its ways."""
 
     def __init__(self, kernels: list[_Kernels]) -> None:
@@ -483,9 +481,6 @@ class _Either(_Kernels):
 
     def wgrad(self, way: str, low: Tensor, high: Tensor) -> Tensor:
         return self._owner(way, "wgrad").wgrad(way, low, high)
-
-    def empty_stats(self, like: Tensor, *sizes: int) -> Tensor:
-        return self._kernels[0].empty_stats(like, *sizes)
 
     def stats_tiles(self, transposed: bool) -> int:
         return self._kernels[0].stats_tiles(transposed)
