@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def nvcc():
             "compiler in CUDACXX"
         )
     return found
+
+
+def compression_flags(compiler):
+    """A fifth of the size, from nvcc 12.4 on; the driver unpacks what it loads."""
+    said = subprocess.run([compiler, "--help"], capture_output=True, text=True).stdout
+    return ["-compress-mode=size"] if "--compress-mode" in said else []
 
 
 def architecture_flags():
@@ -119,7 +126,8 @@ class BuildKernels(build_ext):
         )
 
     def _build_cuda(self, ext, target):
-        compiler, architectures = nvcc(), architecture_flags()
+        compiler = nvcc()
+        architectures = [*architecture_flags(), *compression_flags(compiler)]
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         # distutils has added Python's own folders to those of the other extension's compiler.

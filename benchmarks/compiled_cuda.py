@@ -3,8 +3,9 @@
 ``python -m fastgan.benchmarks.compiled_cuda`` brings ``compiled_cuda.json`` and
 ``compiled_cuda.md`` beside this file up to date: the ledger has a line for each instance of each
 kernel and each architecture that setup.py builds for, found by a hash of the source with what it
-includes, and of the flags; the tables show these, and DCGAN at 64x64 on both backends. Only what
-the ledger lacks is compiled. ``--check`` changes no file, and fails where the ledger or the tables
+includes, and of the flags; the tables show these, and DCGAN at 64x64 on both backends, its
+convolutions with the times that :mod:`fastgan.benchmarks.conv_times` predicts. Only what the ledger
+lacks is compiled. ``--check`` changes no file, and fails where the ledger or the tables
 are out of date, or a kernel breaks one of the rules in :func:`faults`; without nvcc it goes by the
 ledger.
 """
@@ -21,9 +22,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from fastgan.benchmarks import compiled_launches, cuda_build, cuda_code, cuda_launches
+from fastgan.benchmarks import (
+    compile_driver,
+    compiled,
+    compiled_launches,
+    conv_times,
+    cuda_build,
+    cuda_code,
+    cuda_launches,
+)
 from fastgan.benchmarks.compile_driver import TARGETS, Target, occupancy
-from fastgan.benchmarks.cuda_code import Code
+from fastgan.benchmarks.cuda_code import Code, Product
 from fastgan.benchmarks.cuda_launches import Launch, Pass
 from fastgan.benchmarks.report import markdown_table
 from fastgan.kernels import common
@@ -38,10 +47,9 @@ TABLE_TARGETS = ("sm_80", "sm_90")
 
 _MOST_SHARED = 48 * 1024
 _REGISTER_FILE = 65536
-# On the ordinary cores, which are all that these kernels use, in FLOP/s: NVIDIA's data sheets.
-_FP32_FLOP_S = {"sm_80": 19.5e12, "sm_90": 66.9e12}
 
-# Tensors that an instance for whole vectors reads and writes 16 bytes at a time.
+# Tensors that an instance for whole vectors reads and writes 16 bytes at a time. What a product on
+# tensor cores reads so, its name says.
 _WIDE = {
     "act_bwd": (2, 1),
     "augment_fwd": (1, 1),
@@ -49,18 +57,18 @@ _WIDE = {
     "bn_act_bwd_reduce": (2, 0),
     "bn_act_fwd": (1, 1),
     "bn_stats": (1, 0),
+    "conv_dgrad": (0, 1),
+    "conv_fprop": (0, 1),
+    # The gradient, and the shares of it that are added up.
+    "conv_wgrad": (0, 2),
     "dot_fprop": (2, 0),
-    "projection_dgrad": (0, 1),
-    "projection_fprop": (0, 1),
-    "projection_wgrad": (0, 2),
     "thin_dgrad": (1, 1),
-    "thin_fprop": (0, 1),
-    "thin_wgrad": (0, 2),
 }
 # What goes element by element although there are vectors.
 _SINGLE = {
-    "projection, thin_fprop, thin_wgrad": "both operands: they are put into shared memory "
-    "transposed and as float32, and windows of an image do not begin at multiples of 16 bytes",
+    "conv_* with 1+ or +1 in the name": "that operand, whose runs of channels are no multiples of "
+    "16 bytes",
+    "conv_*": "results whose rows are no multiples of 16 bytes, by the same instances",
     "thin_dgrad": "the weight, which a block reads once",
     "all with a bias, a weight or statistics": "values by channel, of any dtype",
     "bn_stats, bn_act_bwd_reduce, bn_fold, bn_running, add_parts": "float32 by channel or by "
@@ -84,7 +92,7 @@ class Ledger:
     versions: dict[str, str]
     files: dict[tuple[str, str], tuple[str, dict[str, Code]]]
     launched: dict[str, tuple[int, int]]
-    passes: dict[str, list[Pass]]
+    passes: dict[str, list[Pass[Launch]]]
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
@@ -105,10 +113,10 @@ class Ledger:
                 target, kernel = name.split(" ", 1)
                 files[target, source][1][kernel] = _to_code(values)
             launched = {name: (row[0], row[1]) for name, row in record["launched"].items()}
-            passes: dict[str, list[Pass]] = {}
-            for target, what, flop, launches in record["passes"]:
-                made = tuple(Launch(k, (g[0], g[1], g[2]), *rest) for k, g, *rest in launches)
-                passes.setdefault(target, []).append(Pass(what, made, flop, True))
+            passes: dict[str, list[Pass[Launch]]] = {}
+            for target, what, way, launches, *rest in record["passes"]:
+                made = tuple(Launch(k, (g[0], g[1], g[2]), *more) for k, g, *more in launches)
+                passes.setdefault(target, []).append(Pass(what, way, made, *rest))
             return cls(dict(record["versions"]), files, launched, passes)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise RunError(f"{path} is not a ledger ({error}): delete it to make it anew") from None
@@ -130,7 +138,7 @@ class Ledger:
             for kernel, code in sorted(codes.items())
         }
         passes = [
-            [target, one.what, one.flop, [dataclasses.astuple(x) for x in one.launches]]
+            [target, *dataclasses.astuple(one)]
             for target, found in sorted(self.passes.items())
             for one in found
         ]
@@ -159,8 +167,9 @@ def faults(kernel: str, code: Code, launched: tuple[int, int] | None) -> list[st
     """Which rules an instance of a kernel breaks.
 
     It spills no registers and has no stack; its blocks fit a multiprocessor; a launch takes no more
-    than 48 KiB of shared memory, so that none has to ask for more; and where its shapes are whole
-    vectors it has an access of 16 bytes for each tensor in ``_WIDE``.
+    than 48 KiB of shared memory, so that none has to ask for more; where its shapes are whole
+    vectors it has an access of 16 bytes for each tensor in ``_WIDE``; and a product multiplies on
+    tensor cores, and copies 16 bytes at a time of the operands that its name says so of.
 
     Args:
         launched: threads of a block and most shared memory, where anything launches it.
@@ -178,12 +187,30 @@ def faults(kernel: str, code: Code, launched: tuple[int, int] | None) -> list[st
         broken.append(f"takes {registers} registers a block of {_REGISTER_FILE}")
     if shared + code.shared > _MOST_SHARED:
         broken.append(f"takes {shared + code.shared} bytes of shared memory of {_MOST_SHARED}")
-    name = kernel.split("<")[0]
-    if name in _WIDE and _vectorised(kernel):
+    product, name = cuda_code.product_of(kernel), kernel.split("<")[0]
+    if product is not None:
+        broken += _product_faults(product, code)
+    elif name.startswith("conv_"):
+        broken.append(
+            "is a product on tensor cores by its name, and what follows is not understood"
+        )
+    if name in _WIDE and (product or _vectorised(kernel)):
         found = (_wide(code.loads) + _wide(code.copies), _wide(code.stores))
         for what, has, least in zip(("loads", "stores"), found, _WIDE[name], strict=True):
             if has < least:
                 broken.append(f"has {has} {what} of 16 bytes, and needs {least}")
+    return broken
+
+
+def _product_faults(product: Product, code: Code) -> list[str]:
+    broken = []
+    if not code.products:
+        broken.append("has no product on tensor cores")
+    wide = _wide(code.copies)
+    if wide < product.wide:
+        broken.append(f"has {wide} copies of 16 bytes, and needs {product.wide}")
+    if product.wide == 2 and wide < sum(code.copies.values()):
+        broken.append("has copies of less than 16 bytes")
     return broken
 
 
@@ -242,57 +269,55 @@ def record(ledger: Ledger) -> None:
                 threads, shared = launched.get(launch.kernel, (0, 0))
                 most = max(threads, launch.threads), max(shared, launch.shared)
                 launched[launch.kernel] = most
-            if one.tabled:
+            if one.table:
                 ledger.passes[name].append(one)
     ledger.launched = launched
 
 
 def table(ledger: Ledger) -> str:
-    """``compiled_cuda.md``."""
+    """``compiled_cuda.md``.
+
+    Raises:
+        RunError: it is not known what the Triton kernels compile to.
+    """
+    triton = {name: list(cuda_launches.triton_passes(TARGETS[name])) for name in TABLE_TARGETS}
     lines = [
         "# What the CUDA kernels compile to",
         "",
         f"Made by `python -m fastgan.benchmarks.compiled_cuda` with nvcc "
-        f"{ledger.versions['nvcc']}. **Computed, not measured: no GPU has run any of it.**",
+        f"{ledger.versions['nvcc']}. **Computed, not measured: no GPU has run any of it.** "
+        "DCGAN at 64x64 in bf16. Layers are low-resolution channels-high-resolution channels@low "
+        "side; the discriminator sees real and generated images in one pass of two parts. The "
+        "launches are those of the ops' own host code.",
         "",
-        "## DCGAN at 64x64 on both backends",
+        *_convolutions(ledger, triton),
         "",
-        f"Batch {compiled_launches.TABLE_BATCH}, bf16, the layers and ops that have CUDA kernels. "
-        "Layers are low-resolution channels-high-resolution channels@low side; the discriminator "
-        "sees real and generated images in one pass of two parts. The launches are those of the "
-        "ops' own host code; of Triton's convolutions the first of the tiles that there are. MB is "
-        "every tensor of each launch once, what goes from one launch to the next among them. `at "
-        "least` is the sum over the launches of the longer of these over the device's bandwidth "
-        "and the FLOP over its rate, on as many multiprocessors as there are blocks: that of bf16 "
-        "matrix products for Triton, that of float32 on ordinary cores for CUDA. What a launch "
-        "costs by itself is left out. Batch norm with the statistics of the convolution before it, "
-        "and with its own, are alternatives.",
+        "## The other ops of DCGAN at 64x64",
+        "",
+        f"Batch {compiled_launches.TABLE_BATCH}. MB is every tensor of each launch once, what goes "
+        "from one launch to the next among them; `at least` is these over the device's bandwidth. "
+        "What a launch costs by itself is left out. Batch norm with the statistics of the "
+        "convolution before it, and with its own, are alternatives.",
     ]
     for name in TABLE_TARGETS:
         target = TARGETS[name]
         header = (
             *("pass", "CUDA kernels", "blocks", "launches: Triton", "CUDA", "MB: Triton", "CUDA"),
-            *("GFLOP", "at least: Triton", "CUDA"),
+            *("at least: Triton", "CUDA"),
         )
-        ours = {one.what: one for one in ledger.passes[name]}
-        both = [
-            (other, ours[other.what])
-            for other in cuda_launches.triton_passes(target)
-            if other.what in ours
+        others = {one.what: one for one in triton[name]}
+        rows = [
+            _pass_row(target, others[one.what], one) for one in ledger.passes[name] if not one.flop
         ]
-        lines += [
-            "",
-            f"### {name}: {target.device}, {target.flop_s / 1e12:.0f} TFLOP/s in bf16, "
-            f"{_FP32_FLOP_S[name] / 1e12:.1f} in float32, {target.bytes_s / 1e12:.2f} TB/s",
-            "",
-            *markdown_table(header, [_pass_row(target, *pair) for pair in both]),
-        ]
+        rate = f"{target.bytes_s / 1e12:.2f} TB/s"
+        lines += ["", f"### {target.device} ({name}), {rate}", "", *markdown_table(header, rows)]
     lines += [
         "",
         "## Kernels",
         "",
-        "Threads of a block, KiB of shared memory of the largest launch, loads and stores of "
-        "global memory in the code for sm_90, those of 16 bytes before the slash; for each GPU the "
+        "Threads of a block, KiB of shared memory of the largest launch; in the code for sm_90 "
+        "products on tensor cores, and loads, copies to shared memory among them, and stores of "
+        "global memory, those of 16 bytes before the slash; for each GPU the "
         "registers of a thread, the blocks that fit a multiprocessor and the share of its warps "
         "that they are.",
         "",
@@ -309,17 +334,52 @@ def table(ledger: Ledger) -> str:
     return "\n".join(lines)
 
 
-def _pass_row(target: Target, triton: Pass, cuda: Pass) -> list[str]:
+def _convolutions(
+    ledger: Ledger, triton: Mapping[str, Sequence[Pass[compile_driver.Launch]]]
+) -> list[str]:
+    codes, kernels = ledger.kernels(), compiled.Ledger.read(compiled.LEDGER).kernels
+    found = {
+        name: conv_times.rows(TARGETS[name], ledger.passes[name], triton[name], codes, kernels)
+        for name in TABLE_TARGETS
+    }
+    lines = [
+        "## Convolutions of DCGAN at 64x64, predicted",
+        "",
+        conv_times.MODEL,
+        "",
+        "Of the ways that there are the tile taken first is named first, and the figures are its; "
+        "in bold is the one that is predicted to be fastest, of equals the first. `resident` are "
+        "the blocks that a multiprocessor has registers, shared memory and warps for. Triton's "
+        "registers and shared memory are those of `compiled.json`.",
+        "",
+        "Sums over all layers of both networks, µs:",
+        "",
+        *conv_times.sums(found),
+    ]
+    for name, rows in found.items():
+        target = TARGETS[name]
+        for batch in cuda_launches.CONV_BATCHES:
+            of_batch = [row for row in rows if row.batch == batch]
+            lines += [
+                "",
+                f"### {target.device} ({name}), batch {batch}, predicted: "
+                f"{target.flop_s / 1e12:.0f} TFLOP/s in bf16, "
+                f"{conv_times.FP32_FLOP_S[name] / 1e12:.1f} in float32 on ordinary cores, "
+                f"{target.bytes_s / 1e12:.2f} TB/s",
+                "",
+                *conv_times.table(of_batch),
+            ]
+    return lines
+
+
+def _pass_row(target: Target, triton: Pass[compile_driver.Launch], cuda: Pass[Launch]) -> list[str]:
     names = " + ".join(f"`{x.kernel}`" for x in cuda.launches)
     blocks = " + ".join("x".join(str(n) for n in _sizes(x.grid)) for x in cuda.launches)
-    rates = target.flop_s, _FP32_FLOP_S[target.name]
-    pairs = list(zip((triton, cuda), rates, strict=True))
+    nbytes = [sum(x.nbytes for x in one.launches) for one in (triton, cuda)]
     return [
-        *(cuda.what, names, blocks),
-        *(str(len(one.launches)) for one, _ in pairs),
-        *(f"{sum(x.nbytes for x in one.launches) / 1e6:.1f}" for one, _ in pairs),
-        f"{cuda.flop / 1e9:.2f}" if cuda.flop else "",
-        *(f"{1e6 * at_least(target, one, rate):.1f} µs" for one, rate in pairs),
+        *(cuda.what, names, blocks, str(len(triton.launches)), str(len(cuda.launches))),
+        *(f"{n / 1e6:.1f}" for n in nbytes),
+        *(f"{1e6 * n / target.bytes_s:.1f} µs" for n in nbytes),
     ]
 
 
@@ -327,20 +387,9 @@ def _sizes(grid: tuple[int, int, int]) -> tuple[int, ...]:
     return grid[:1] if grid[1:] == (1, 1) else grid[:2] if grid[2] == 1 else grid
 
 
-def at_least(target: Target, one: Pass, flop_s: float) -> float:
-    """Seconds that the launches of a pass take, one after the other."""
-    seconds = 0.0
-    for i, launch in enumerate(one.launches):
-        x, y, z = launch.grid
-        share = min(x * y * z / target.multiprocessors, 1.0)
-        flop = 0.0 if i else one.flop
-        seconds += max(flop / (flop_s * share), launch.nbytes / target.bytes_s)
-    return seconds
-
-
 def _kernel_table(ledger: Ledger) -> list[str]:
     kernels = ledger.kernels()
-    header = ["kernel", "threads", "shared", "loads", "stores"]
+    header = ["kernel", "threads", "shared", "products", "loads", "stores"]
     for target in TABLE_TARGETS:
         header += [f"{target}: registers", "blocks", "warps"]
     rows = []
@@ -349,7 +398,9 @@ def _kernel_table(ledger: Ledger) -> list[str]:
         threads, dynamic = ledger.launched.get(kernel, (code.threads, 0))
         row = [
             *(f"`{kernel}`", str(threads), f"{(dynamic + code.shared) / 1024:.1f}"),
-            f"{_wide(code.loads)}/{sum(code.loads.values())}",
+            str(code.products or ""),
+            f"{_wide(code.loads) + _wide(code.copies)}"
+            f"/{sum(code.loads.values()) + sum(code.copies.values())}",
             f"{_wide(code.stores)}/{sum(code.stores.values())}",
         ]
         for target in TABLE_TARGETS:

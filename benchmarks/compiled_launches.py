@@ -27,9 +27,10 @@ BATCHES = (64, 128, 256, 1024)
 # What the table shows.
 TABLE_BATCH = 128
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What torch may ask of float32: one pass of TF32, or the rounding of float32.
-_PRECISIONS = ("tf32", "ieee")
+PRECISIONS = ("tf32", "ieee")
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SLOPE = 0.2
 _EPS, _MOMENTUM = 1e-5, 0.1
 # Images of a set that fits the batch, and of one beyond 2 GiB, which AMD addresses otherwise.
@@ -117,8 +118,8 @@ def uses(target: Target) -> Iterator[Use]:
     """All of them; the same kernel comes again and again."""
     with recorded(target) as launches:
         for size, nc in NETWORKS:
-            for dtype, precision in itertools.product(_DTYPES, _PRECISIONS):
-                if precision == _PRECISIONS[0] or dtype == torch.float32:
+            for dtype, precision in itertools.product(_DTYPES, PRECISIONS):
+                if precision == PRECISIONS[0] or dtype == torch.float32:
                     with machine.fp32_precision(precision):
                         yield from _Network(size, nc, dtype, launches).uses()
 

@@ -29,6 +29,7 @@ class Code:
         barriers: of a block.
         shared: bytes of shared memory that the kernel has whatever the launch says.
         fused: multiplications and additions in one instruction, float32.
+        products: of small matrices, on tensor cores.
         loads, stores: of global memory, by the bytes that a thread moves.
         copies: from global to shared memory, likewise.
         shared_loads, shared_stores: of shared memory, likewise.
@@ -42,6 +43,7 @@ class Code:
     barriers: int
     shared: int
     fused: int
+    products: int
     loads: dict[int, int]
     stores: dict[int, int]
     copies: dict[int, int]
@@ -130,6 +132,7 @@ def _read(said: str, sass: str, elf: str) -> dict[str, Code]:
             int(barriers or 0),
             int(static[1]) if static else 0,
             _count(names, ("FFMA", "FFMA2")),
+            _count(names, ("HMMA",)),
             _widths(names, ("LDG", "LD")),
             _widths(names, ("STG", "ST")),
             _widths(names, ("LDGSTS",)),
@@ -159,14 +162,74 @@ def _widths(names: collections.Counter[str], kinds: Sequence[str]) -> dict[int, 
     return dict(sorted(found.items()))
 
 
-_TILE = re.compile(r"(?:fastgan::)?Tile<(\d+), (\d+), \d+, \d+>")
 _DTYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
+_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Of a product on tensor cores: the dtype, the passes, the tile, the elements of each operand that
+# are copied at once, and whether stages of the sum are whole.
+_PRODUCT = re.compile(
+    r"<(\w+), (\d), (?:fastgan::)?MmaTile<(\d+), (\d+), [^>]*>, "
+    r"(?:fastgan::)?Widths<(\d+), (\d+), (true|false)> ?>"
+)
+_PRECISIONS = {("fp32", "1"): "tf32", ("fp32", "3"): "tf32x3"}
+_SEGMENT_BYTES = 16
 
 
 def readable(symbol: str) -> str:
-    """``bn_stats<bf16, 8>`` of a mangled name."""
-    name = _TILE.sub(r"\1x\2", cuda_build.short_name(symbol))
+    """``bn_stats<bf16, 8>`` of a mangled name.
+
+    A product on tensor cores is named as :class:`Product` says.
+    """
+    name = cuda_build.short_name(symbol)
     for dtype, short in _DTYPES.items():
         name = re.sub(rf"\b{dtype}\b", short, name)
+    name = _PRODUCT.sub(_readable_product, name)
     head, bracket, rest = name.partition("<")
     return head.removesuffix("_kernel") + bracket + rest
+
+
+def _readable_product(found: re.Match[str]) -> str:
+    dtype, passes, rows, columns, *widths, whole = found.groups()
+    most = str(_SEGMENT_BYTES // _SIZES[dtype])
+    parts = [_PRECISIONS.get((dtype, passes), dtype), f"{rows}x{columns}"]
+    if [*widths, whole] != [most, most, "true"]:
+        parts.append("+".join(widths))
+    return f"<{', '.join(parts)}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """An instance of a product on tensor cores.
+
+    Its name is ``conv_fprop<bf16, 128x128>`` where both operands are copied 16 bytes at a time and
+    taps end with a stage of the sum. Else it has the elements that are copied at once, as
+    ``conv_fprop<tf32x3, 64x64, 1+4>``, and ``4+4`` where only taps do not end so.
+
+    Attributes:
+        rows, columns: of a tile.
+        wide: how many of the two operands are copied 16 bytes at a time.
+    """
+
+    rows: int
+    columns: int
+    wide: int
+
+
+_NAME = re.compile(r"conv_\w+<\w+, (\d+)x(\d+)(?:, (\d+)\+(\d+))?>")
+
+
+def product_of(kernel: str) -> Product | None:
+    """What its readable name says; None where it is no product."""
+    found = _NAME.fullmatch(kernel)
+    if found is None:
+        return None
+    rows, columns, *widths = found.groups()
+    return Product(int(rows), int(columns), sum(width != "1" for width in widths))
+
+
+def stage_depth(dtype_bytes: int) -> int:
+    """Elements of the sum that a product takes at a time, of which it takes whole stages."""
+    text = (cuda_build.FOLDER / "conv.cuh").read_text()
+    found = re.search(r"kStageBytes = (\d+);", text)
+    if found is None:
+        raise RunError("conv.cuh does not say what kStageBytes is")
+    return int(found[1]) // dtype_bytes

@@ -11,17 +11,19 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from fastgan.benchmarks import compile_driver, cuda_code, roofline
+from fastgan.benchmarks import compile_driver, cuda_code, machine, roofline
 from fastgan.benchmarks.compile_driver import Target, recorded
 from fastgan.benchmarks.compiled_launches import (
     BATCHES,
     NETWORKS,
+    PRECISIONS,
     TABLE_BATCH,
     Batch,
     Layer,
@@ -32,14 +34,20 @@ from fastgan.benchmarks.cuda_build import LaunchHandler
 from torch import Tensor
 
 from fastgan.errors import RunError
-from fastgan.ops import augment, bn_act, conv, cuda, gan_loss
+from fastgan.ops import augment, bn_act, conv, cuda, gan_loss, tuning
+
+# Of these the table of convolutions is.
+CONV_BATCHES = (TABLE_BATCH, 1024)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SLOPE, _EPS, _MOMENTUM = 0.2, 1e-5, 0.1
 _ACT = {"G": "relu", "D": "leaky_relu"}
 _FAILURE = 719  # cudaErrorLaunchFailure
-# Shapes that the networks have not: no multiple of 16 bytes, every number of thin channels.
+# Shapes that the networks have not: channels that are no multiple of 16 bytes, every number of
+# thin ones.
 _ODD_CHANNELS, _ODD_SIDE = 5, 5
+# Channels that are one, and no whole stage of a product.
+_FEW_CHANNELS = 8
 _MOST_THIN = 4
 
 
@@ -62,42 +70,73 @@ class Launch:
     nbytes: int
 
 
+_L = TypeVar("_L", Launch, compile_driver.Launch)
+
+
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class Pass(Generic[_L]):
     """An op in one direction, for one layer.
 
     Attributes:
-        what: the layer and the pass, as the table names them.
+        what: the layer and the pass, as the tables name them.
+        way: of those of a convolution; empty where there is no choice.
         flop: floating-point operations of its first launch, a convolution, or 0.
-        tabled: whether the table shows it.
+        depth: how many products each element of that is the sum of, or 0.
+        table: the batch of the table that shows it; 0 where none does.
     """
 
     what: str
-    launches: tuple[Launch, ...]
+    way: str
+    launches: tuple[_L, ...]
     flop: float
-    tabled: bool
+    depth: int
+    table: int
 
 
-def triton_passes(target: Target) -> Iterator[Pass]:
-    """Those of the table, as the Triton kernels are launched on ``target``."""
-    with recorded(target) as launches, roofline.as_on_a_gpu():
-        for op, batch in _ops(launches.clear):
-            if not batch.tabled:
-                continue
+def triton_passes(target: Target) -> Iterator[Pass[compile_driver.Launch]]:
+    """Those of the tables, as the Triton kernels are launched on ``target``, every way."""
+    with recorded(target) as launches, roofline.as_on_a_gpu(every_way=True):
+        for op in _ops(launches.clear):
+            if op.table:
+                yield from _every_way(op, "triton", launches)
+
+
+def _every_way(op: _Op, backend: str, launches: list[_L]) -> Iterator[Pass[_L]]:
+    """The op by each way that it has a choice of, the likeliest first."""
+    for i in itertools.count():
+        with _taking(i) as seen:
             launches.clear()
-            op.run("triton")
-            found = (Launch(_name_of(x), x.grid, 0, 0, x.nbytes) for x in launches)
-            yield Pass(op.what, tuple(found), op.flop, True)
+            op.run(backend)
+        way = seen[i] if op.flop else ""
+        yield Pass(op.what, way, tuple(launches), op.flop, op.depth, op.table)
+        if not op.flop or i + 1 == len(seen):
+            return
 
 
-def _name_of(launch: compile_driver.Launch) -> str:
-    return launch.specialisation.name.strip("_").removesuffix("_kernel")
+@contextlib.contextmanager
+def _taking(index: int) -> Iterator[list[str]]:
+    """Within this context the way so numbered is taken, or the first where it is not there.
+
+    Gives those that there were to choose from when last a choice was made.
+    """
+    seen: list[str] = []
+
+    def taken(problem: str, ways: object, among: Sequence[str], device: object = None) -> str:
+        seen[:] = among
+        return among[index if index < len(among) else 0]
+
+    before = tuning.fastest
+    tuning.fastest = taken
+    try:
+        yield seen
+    finally:
+        tuning.fastest = before
 
 
 def cuda_passes(
     target: Target, path: Path, parameters: Mapping[str, Sequence[int]]
-) -> Iterator[Pass]:
-    """All of them.
+) -> Iterator[Pass[Launch]]:
+    """All of them, every way.
 
     Args:
         target: the GPU that the host code believes to be on.
@@ -105,15 +144,12 @@ def cuda_passes(
         parameters: bytes of each parameter of each kernel.
     """
     with (
-        recorded(target) as others,
+        recorded(target),
         roofline.as_on_a_gpu(),
         _recorded_cuda(path, parameters) as launches,
     ):
-        for op, batch in _ops(launches.clear):
-            launches.clear()
-            others.clear()
-            op.run("cuda")
-            yield Pass(op.what, tuple(launches), op.flop, batch.tabled)
+        for op in _ops(launches.clear):
+            yield from _every_way(op, "cuda", launches)
 
 
 @contextlib.contextmanager
@@ -200,46 +236,54 @@ def _extension(path: Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-    """What is run on a backend, and what the table calls it."""
+    """What is run on a backend, and what the tables call it; see :class:`Pass`."""
 
     what: str
     run: Callable[[str], object]
+    table: int
     flop: float = 0.0
+    depth: int = 0
 
 
-def _ops(clear: Callable[[], None]) -> Iterator[tuple[_Op, Batch]]:
+def _ops(clear: Callable[[], None]) -> Iterator[_Op]:
     """Every op of every network; ``clear`` forgets what was launched on the way to one."""
-    for (size, nc), dtype, n in (
-        (network, dtype, n) for network in NETWORKS for dtype in _DTYPES for n in BATCHES
-    ):
-        tabled = (size, dtype, n) == (NETWORKS[0][0], _DTYPES[0], TABLE_BATCH)
-        one = Batch(n, 1, dtype, tabled)
-        # The discriminator sees real and generated images in one pass.
-        two = Batch(2 * n, 2, dtype, tabled)
-        for batch, net in ((one, "G"), (two, "D")):
-            for layer in layers(net, size, nc):
-                yield from ((op, batch) for op in _of_layer(layer, batch, clear))
-        yield _loss(two), two
-        yield from ((op, one) for op in _augment(one, size, size, nc))
-    for dtype in _DTYPES:
-        batch = Batch(4, 2, dtype, False)
-        yield from ((op, batch) for op in _odd(batch, clear))
+    for dtype, precision in itertools.product(_DTYPES, PRECISIONS):
+        if precision != PRECISIONS[0] and dtype != torch.float32:
+            continue
+        with machine.fp32_precision(precision):
+            for (size, nc), n in itertools.product(NETWORKS, BATCHES):
+                yield from _of_networks(size, nc, n, dtype, clear)
+            yield from _odd(Batch(4, 2, dtype, False), clear)
 
 
-def _of_layer(layer: Layer, batch: Batch, clear: Callable[[], None]) -> Iterator[_Op]:
+def _of_networks(
+    size: int, nc: int, n: int, dtype: torch.dtype, clear: Callable[[], None]
+) -> Iterator[_Op]:
+    first = (size, dtype) == (NETWORKS[0][0], _DTYPES[0])
+    table, of_convs = (n if first and n in shown else 0 for shown in ((TABLE_BATCH,), CONV_BATCHES))
+    one = Batch(n, 1, dtype, False)
+    # The discriminator sees real and generated images in one pass.
+    two = dataclasses.replace(one, n=2 * n, groups=2)
+    for batch, net in ((one, "G"), (two, "D")):
+        for layer in layers(net, size, nc):
+            yield from _conv(layer, batch, layer.last if net == "G" else layer.first, of_convs)
+            yield from _after(layer, batch, table, clear)
+    yield _loss(two, table)
+    yield from _augment(one, size, size, nc, table)
+
+
+def _after(layer: Layer, batch: Batch, table: int, clear: Callable[[], None]) -> Iterator[_Op]:
+    """What follows its convolution."""
     transposed = layer.net == "G"
     channels, side = (layer.ch, layer.high_side) if transposed else (layer.cl, layer.side)
-    end = layer.last if transposed else layer.first
-    ours = layer.side == 1 or layer.ch <= _MOST_THIN
-    if ours:
-        yield from _conv(layer, batch, end)
-    if end:
-        yield _act_backward(layer, batch, channels, side, "tanh" if transposed else "leaky_relu")
+    if layer.last if transposed else layer.first:
+        act = "tanh" if transposed else "leaky_relu"
+        yield _act_backward(layer, batch, channels, side, act, table)
     elif transposed or not layer.last:
-        yield from _bn(layer, batch, channels, side, ours, clear)
+        yield from _bn(layer, batch, channels, side, table, clear)
 
 
-def _conv(layer: Layer, batch: Batch, end: bool) -> Iterator[_Op]:
+def _conv(layer: Layer, batch: Batch, end: bool, table: int) -> Iterator[_Op]:
     """All three directions, and the forward one in evaluation where batch norm follows."""
     transposed = layer.net == "G"
     dtype, flop = batch.dtype, layer.flop(batch.n)
@@ -253,7 +297,9 @@ def _conv(layer: Layer, batch: Batch, end: bool) -> Iterator[_Op]:
         def run(backend: str) -> object:
             return conv.conv_forward(given, weight, bias, *step, t, act, _SLOPE, groups, backend)
 
-        return _Op(f"{layer} {batch}: {what}", run, flop)
+        # Evaluation has the times of training.
+        shown = table if bias is None else 0
+        return _Op(f"{layer} {batch}: {what}", run, shown, flop, _depth(layer, t))
 
     normed = not end and y.shape[1] > 1
     act = ("tanh" if transposed else "leaky_relu") if end else "none"
@@ -268,20 +314,31 @@ def _conv(layer: Layer, batch: Batch, end: bool) -> Iterator[_Op]:
     yield _Op(
         f"{layer} {batch}: weight gradient",
         lambda backend: conv.conv_wgrad(low, high, sides, *step, backend),
+        table,
         flop,
+        batch.n * layer.side**2,
     )
 
 
-def _act_backward(layer: Layer, batch: Batch, c: int, side: int, act: str) -> _Op:
+def _depth(layer: Layer, transposed: bool) -> int:
+    """How many products each element of fprop, or of dgrad where ``transposed``, is the sum of."""
+    if not transposed:
+        return layer.ch * layer.kernel**2
+    # Of a low side of 1x1 each pixel of the high side meets one tap; else those a stride apart.
+    return layer.cl * (1 if layer.side == 1 else -(-layer.kernel // layer.stride)) ** 2
+
+
+def _act_backward(layer: Layer, batch: Batch, c: int, side: int, act: str, table: int) -> _Op:
     dy, y = (images_of(batch.n, c, side, batch.dtype, "cpu") for _ in range(2))
     return _Op(
         f"{layer} {batch}: {act} backward",
         lambda backend: conv.act_backward(dy, y, act, _SLOPE, backend),
+        table,
     )
 
 
 def _bn(
-    layer: Layer, batch: Batch, c: int, side: int, ours: bool, clear: Callable[[], None]
+    layer: Layer, batch: Batch, c: int, side: int, table: int, clear: Callable[[], None]
 ) -> Iterator[_Op]:
     x, dy = (images_of(batch.n, c, side, batch.dtype, "cpu") for _ in range(2))
     weight, bias, running_mean, running_var = (torch.empty(c) for _ in range(4))
@@ -289,11 +346,11 @@ def _bn(
     act, rows = _ACT[layer.net], batch.n // batch.groups * side**2
 
     def statistics(backend: str) -> Tensor:
-        """As the convolution before it leaves them, the backend's own where it has that kernel."""
+        """As the convolution before it leaves them."""
         low, high, kernel = layer.images(batch.n, batch.dtype, "cpu")
         transposed = layer.net == "G"
         given = (low if transposed else high), kernel, None, layer.stride, layer.padding
-        how = transposed, "none", _SLOPE, batch.groups, backend if ours else "triton"
+        how = transposed, "none", _SLOPE, batch.groups, backend
         stats: Tensor = conv.conv_forward(*given, *how)[1]
         clear()
         return stats
@@ -312,23 +369,23 @@ def _bn(
         return bn_act.bn_update_running(running_mean, running_var, mean, var, *how)
 
     name = f"{layer} {batch}: batch norm, {act}"
-    yield _Op(name, lambda backend: forward(backend, statistics(backend)))
-    yield _Op(f"{name}, own statistics", lambda backend: forward(backend, None))
-    yield _Op(f"{name}, backward", backward)
-    yield _Op(f"{layer} {batch}: running statistics", move)
-    if not batch.tabled:
-        yield _Op(f"{name}, evaluation", lambda backend: forward(backend, None, False))
+    yield _Op(name, lambda backend: forward(backend, statistics(backend)), table)
+    yield _Op(f"{name}, own statistics", lambda backend: forward(backend, None), table)
+    yield _Op(f"{name}, backward", backward, table)
+    yield _Op(f"{layer} {batch}: running statistics", move, table)
+    yield _Op(f"{name}, evaluation", lambda backend: forward(backend, None, False), 0)
 
 
-def _loss(batch: Batch) -> _Op:
+def _loss(batch: Batch, table: int) -> _Op:
     logits = torch.empty(batch.n, dtype=batch.dtype)
     return _Op(
         f"loss {batch}",
         lambda backend: gan_loss.gan_loss_forward(logits, [1.0, 0.0][: batch.groups], backend),
+        table,
     )
 
 
-def _augment(batch: Batch, h: int, w: int, c: int) -> Iterator[_Op]:
+def _augment(batch: Batch, h: int, w: int, c: int, table: int) -> Iterator[_Op]:
     images = torch.empty(batch.n, h, w, c, dtype=torch.uint8)
     index = torch.empty(batch.n, dtype=torch.int64)
     flip = torch.empty(batch.n, dtype=torch.bool)
@@ -337,20 +394,23 @@ def _augment(batch: Batch, h: int, w: int, c: int) -> Iterator[_Op]:
         return augment.augment_forward(images, chosen, flipped, batch.dtype, backend)
 
     name = f"images {h}x{w} {batch}"
-    yield _Op(f"{name}: gather, flip", functools.partial(run, index, flip))
-    yield _Op(f"{name}: gather", functools.partial(run, index, None))
-    yield _Op(f"{name}: scale", functools.partial(run, None, None))
+    yield _Op(f"{name}: gather, flip", functools.partial(run, index, flip), table)
+    yield _Op(f"{name}: gather", functools.partial(run, index, None), table)
+    yield _Op(f"{name}: scale", functools.partial(run, None, None), table)
 
 
 def _odd(batch: Batch, clear: Callable[[], None]) -> Iterator[_Op]:
     """The instances for shapes that are no multiple of 16 bytes, and for 2 and 4 channels."""
-    for ch in range(1, _MOST_THIN + 1):
-        for cl, side in ((_ODD_CHANNELS, _ODD_SIDE), (16, 16)):
-            layer = Layer("D", cl, ch, side, 4, 2, 1, True, False)
-            yield from _conv(layer, batch, True)
-    for cl in (1, 2 * _ODD_CHANNELS + 1, 16):
-        layer = Layer("D", cl, _ODD_CHANNELS, 1, 3, 1, 0, False, True)
-        yield from _conv(layer, batch, False)
+    of_high = (*range(1, _MOST_THIN + 1), _ODD_CHANNELS, _FEW_CHANNELS)
+    both = ((_ODD_CHANNELS, _ODD_SIDE), (_FEW_CHANNELS, 16))
+    for ch, (cl, side) in itertools.product(of_high, both):
+        layer = Layer("D", cl, ch, side, 4, 2, 1, True, False)
+        yield from _conv(layer, batch, True, 0)
+    # Of a kernel that is no multiple of 16 bytes either.
+    layer = Layer("D", 1, _ODD_CHANNELS, 1, 3, 1, 0, False, True)
+    yield from _conv(layer, batch, False, 0)
+    layer = Layer("D", _ODD_CHANNELS, _ODD_CHANNELS, _ODD_SIDE, 3, 1, 1, True, False)
+    yield from _conv(layer, batch, True, 0)
     layer = Layer("G", 1, _ODD_CHANNELS, 1, _ODD_SIDE, 1, 0, True, False)
-    yield from _bn(layer, batch, _ODD_CHANNELS, _ODD_SIDE, False, clear)
-    yield from _augment(batch, _ODD_SIDE, _ODD_SIDE, 3)
+    yield from _bn(layer, batch, _ODD_CHANNELS, _ODD_SIDE, 0, clear)
+    yield from _augment(batch, _ODD_SIDE, _ODD_SIDE, 3, 0)

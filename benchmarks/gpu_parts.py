@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,8 @@ OP_LIMITS = {"tf32": 2.0**-9, "bf16": 2.0**-8}
 # Of the other ops: a few roundings of results that are sums of float32.
 PASS_LIMITS = {"float32": 1e-5, "bf16": 2.0**-7}
 _OP_BATCH = 128
-_TORCH = "cuDNN"
+# The way of torch, and the backend that it is.
+_TORCH, _TORCH_BACKEND = "cuDNN", "torch"
 _WORKERS = 8
 _MOST_TILES = 4  # that an op chooses from
 _NVIDIA_SMI = (
@@ -237,7 +239,10 @@ def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Rec
 
 
 def ops(job: Job, save: Save) -> bool:
-    """Every convolution of DCGAN-64 each way: checked, then timed against what the GPU allows."""
+    """Every convolution of DCGAN-64 each way of torch, Triton and CUDA.
+
+    Checked, then timed against what the GPU allows.
+    """
     cases = _layers(job)
     precisions = list(OP_LIMITS)[:1] if job.dry_run else list(OP_LIMITS)
     rates = {name: _rates(job, name) for name in precisions}
@@ -246,16 +251,16 @@ def ops(job: Job, save: Save) -> bool:
         record["withheld"] = job.without_own
     save(record)
     tasks = [(case, name) for name in precisions for case in cases]
-    for task, errors in zip(tasks, _check_all(tasks, job), strict=True):
-        record["rows"].append(_row(*task, errors))
+    for task, ways in zip(tasks, _check_all(tasks, job), strict=True):
+        record["rows"].append(_row(*task, ways))
     save(record)
     right = True
     for (case, name), row in zip(tasks, record["rows"], strict=True):
-        for way, found in row["ways"].items():
+        for label, found in row["ways"].items():
             if found["right"]:
                 with machine.fp32_precision(PRECISIONS[name][1]):
                     run, _ = _setup(case, name, job)
-                    seconds = _seconds(functools.partial(run, way), job)
+                    seconds = _seconds(functools.partial(run, label), job)
                 found |= _speed(row, seconds, rates[name])
             right = right and found["right"]
         save(record)
@@ -265,34 +270,34 @@ def ops(job: Job, save: Save) -> bool:
 def _layers(job: Job) -> list[bench_conv.Case]:
     if job.dry_run:
         sizes = ({"side": 4, "ch": 3}, {"side": 1, "stride": 1, "padding": 0, "ch": 8})
-        directions = bench_conv.DIRECTIONS
-        return [bench_conv.Case(d, n=2, cl=8, **s) for d, s in zip(directions, sizes, strict=False)]
+        both = itertools.product(sizes, bench_conv.DIRECTIONS)
+        return [bench_conv.Case(direction, n=2, cl=8, **size) for size, direction in both]
     of_64 = [c for c in bench_conv.CASES if c.n == _OP_BATCH and c.side in (1, 4, 8, 16, 32)]
     return [case for case in of_64 if case.direction == "fprop" or not job.quick]
 
 
-def _check_all(
-    tasks: Sequence[tuple[bench_conv.Case, str]], job: Job
-) -> list[dict[str, float | str]]:
-    """By way the error, or why there is none. In several processes, since it compiles kernels."""
+def _check_all(tasks: Sequence[tuple[bench_conv.Case, str]], job: Job) -> list[dict[str, Record]]:
+    """What :func:`_check` finds. In several processes, since it compiles kernels."""
     check = functools.partial(_check, job)
     return list((map if job.dry_run else _in_processes)(check, tasks))
 
 
-def _check(job: Job, task: tuple[bench_conv.Case, str]) -> dict[str, float | str]:
+def _check(job: Job, task: tuple[bench_conv.Case, str]) -> dict[str, Record]:
+    """By label the ``backend``, and the ``error`` or the ``reason`` why there is none."""
     case, name = task
     machine.prepare(job.device)
-    errors: dict[str, float | str] = {}
+    found: dict[str, Record] = {}
     with machine.fp32_precision(PRECISIONS[name][1]), _poisoned():
         run, (low, high, weight) = _setup(case, name, job)
         truth = bench_conv._torch(case, low.double(), high.double(), weight.double())
-        for way in _ways(case, name, job):
+        for label, (backend, _) in _ways(case, name, job).items():
             try:
-                error = (run(way).double() - truth).norm() / truth.norm()
-                errors[way] = error.item()
+                error = (run(label).double() - truth).norm() / truth.norm()
+                found[label] = {"backend": backend, "error": error.item()}
             except Exception as failure:
-                errors[way] = f"{type(failure).__name__}: {_one_line(failure)}"
-    return errors
+                reason = f"{type(failure).__name__}: {_one_line(failure)}"
+                found[label] = {"backend": backend, "reason": reason}
+    return found
 
 
 @contextlib.contextmanager
@@ -306,23 +311,31 @@ def _poisoned() -> Iterator[None]:
         gpu._empty = empty
 
 
-def _ways(case: bench_conv.Case, name: str, job: Job) -> list[str]:
-    own = [] if job.without_own else list(_kernels(case, name).ways(case.direction))
-    return [_TORCH, *(own[:1] if job.quick else own)]
+def _ways(case: bench_conv.Case, name: str, job: Job) -> dict[str, tuple[str, str]]:
+    """By label the backend and its way."""
+    found = {_TORCH: (_TORCH_BACKEND, _TORCH)}
+    if not job.without_own:
+        for backend, own in _kernels(case, name).items():
+            ways = own.ways(case.direction)
+            found |= {
+                f"{backend} {way}": (backend, way) for way in ways[: 1 if job.quick else None]
+            }
+    return found
 
 
-def _kernels(case: bench_conv.Case, name: str) -> conv._Kernels:
+def _kernels(case: bench_conv.Case, name: str) -> dict[str, conv._Kernels]:
+    """By backend, those that this machine has."""
     problem, dtype = case.kernels().problem, PRECISIONS[name][0]
-    return conv._Either([conv._KINDS[backend](problem, dtype) for backend in _own()])
+    return {backend: conv._KINDS[backend](problem, dtype) for backend in _own()}
 
 
 def _setup(
     case: bench_conv.Case, name: str, job: Job
 ) -> tuple[Callable[[str], Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """``run(way)``, which computes the case, and its operands."""
+    """``run(label)``, which computes the case by a way, and its operands."""
     dtype, _ = PRECISIONS[name]
-    own = _kernels(case, name)
-    p, draw = own.problem, generator(0, "gpu_check")
+    own, ways = _kernels(case, name), _ways(case, name, job)
+    p, draw = case.kernels().problem, generator(0, "gpu_check")
     shapes = (p.low(), p.high(), (p.cl, p.ch, p.kh, p.kw))
     low, high, weight = (
         torch.randn(shape, generator=draw)
@@ -332,28 +345,29 @@ def _setup(
     )
     transposed = case.direction == "dgrad"
 
-    def run(way: str) -> Tensor:
-        if way == _TORCH:
+    def run(label: str) -> Tensor:
+        backend, way = ways[label]
+        if backend == _TORCH_BACKEND:
             return bench_conv._torch(case, low, high, weight)
         if case.direction == "wgrad":
-            return own.wgrad(way, low, high)
-        return own.forward(way, transposed, low if transposed else high, weight, conv._Epilogue())
+            return own[backend].wgrad(way, low, high)
+        x = low if transposed else high
+        return own[backend].forward(way, transposed, x, weight, conv._Epilogue())
 
     return run, (low, high, weight)
 
 
-def _row(case: bench_conv.Case, name: str, errors: dict[str, float | str]) -> Record:
+def _row(case: bench_conv.Case, name: str, ways: dict[str, Record]) -> Record:
+    """What :func:`_check` found of them, judged."""
     p, size = case.kernels().problem, PRECISIONS[name][0].itemsize
     elements = math.prod(p.low()) + math.prod(p.high()) + p.cl * p.ch * p.kh * p.kw
-    ways: dict[str, Record] = {}
-    for way, error in errors.items():
-        if isinstance(error, str):
-            ways[way] = {"right": False, "reason": error}
-        else:
-            right = error <= OP_LIMITS[name]
-            ways[way] = {"right": right, "error": _finite(error)}
-            if not right:
-                ways[way]["reason"] = f"off by {error:.1e}, allowed {OP_LIMITS[name]:.1e}"
+    for found in ways.values():
+        error = found.get("error", math.nan)
+        found["right"] = error <= OP_LIMITS[name]
+        if "error" in found:
+            found["error"] = _finite(error)
+        if not found["right"]:
+            found.setdefault("reason", f"off by {error:.1e}, allowed {OP_LIMITS[name]:.1e}")
     return {
         "layer": f"{case.cl}->{case.ch}@{case.side}, batch {case.n}",
         "direction": case.direction,

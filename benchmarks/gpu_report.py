@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastgan.benchmarks import report
@@ -96,10 +97,78 @@ def _ops(result: Record) -> list[str]:
     ]
     if result.get("withheld"):
         lines += [f"No speeds of fastgan's own: {result['withheld']}.", ""]
-    return lines + report.markdown_table(
-        ("layer", "direction", "precision", "way", "error", "µs", "TFLOP/s", "of roofline", ""),
-        (cells for row in result["rows"] for cells in _op_rows(row)),
-    )
+    head = ("way", "error", "µs", "TFLOP/s", "of roofline", "")
+    return [
+        *lines,
+        *_backends(result["rows"]),
+        *report.markdown_table(
+            (*_SHAPE, *head), (cells for row in result["rows"] for cells in _op_rows(row))
+        ),
+    ]
+
+
+# Of a row of `ops`.
+_SHAPE = ("layer", "direction", "precision")
+_BACKENDS = ("torch", "triton", "cuda")
+
+
+def _backends(rows: Sequence[Record]) -> list[str]:
+    """The fastest way of each backend, with how many times as fast as torch's it is."""
+    best = [(row, _fastest_by_backend(row)) for row in rows]
+    names = [name for name in _BACKENDS if any(name in found for _, found in best)]
+    if len(names) < 2:
+        return []
+    lines = []
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        of_precision = [found for row, found in best if row["precision"] == precision]
+        lines += [f"{precision}: {_summary(of_precision, names)}.", ""]
+    header = [*_SHAPE, names[0]]
+    for name in names[1:]:
+        header += [name, "times torch's speed"]
+    return [
+        *lines,
+        *report.markdown_table(header, (_backend_row(row, found, names) for row, found in best)),
+        "",
+    ]
+
+
+def _fastest_by_backend(row: Record) -> dict[str, tuple[float, str]]:
+    """Of each backend that has a time: µs and the label of the way."""
+    found: dict[str, tuple[float, str]] = {}
+    for label, way in row["ways"].items():
+        if "us" in way:
+            one = way["us"], label
+            found[way["backend"]] = min(one, found.get(way["backend"], one))
+    return found
+
+
+def _summary(best: Sequence[Mapping[str, tuple[float, str]]], names: Sequence[str]) -> str:
+    """The geometric mean of the speed as a multiple of torch's, and where a backend is fastest."""
+    parts = []
+    for name in names[1:]:
+        both = (found for found in best if found.keys() >= {"torch", name})
+        ratios = [found["torch"][0] / found[name][0] for found in both]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            parts.append(f"{name} {mean:.2f} times torch's speed, geometric mean of {len(ratios)}")
+    won = [min(found, key=lambda name: found[name][0]) for found in best if found]
+    wins = (f"{name} {won.count(name)}" for name in names)
+    return "; ".join((*parts, f"fastest: {', '.join(wins)}"))
+
+
+def _backend_row(
+    row: Record, found: Mapping[str, tuple[float, str]], names: Sequence[str]
+) -> list[str]:
+    cells = [row[key] for key in _SHAPE]
+    for name in names:
+        us, label = found.get(name, (None, ""))
+        best = bool(found) and us == min(us for us, _ in found.values())
+        text = f"{us:.1f} µs, {label}" if us is not None else ""
+        cells.append(f"**{text}**" if best else text)
+        if name != names[0]:
+            torch = found.get("torch")
+            cells.append(f"{torch[0] / us:.2f}" if torch and us is not None else "")
+    return cells
 
 
 def _op_rows(row: Record) -> Iterator[Sequence[str]]:

@@ -203,15 +203,21 @@ def _kernel_sides(launch: Launch, high: Sequence[int]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Within this context the ops believe that Triton can run here, and take the first tiles."""
+def as_on_a_gpu(*, every_way: bool = False) -> Iterator[None]:
+    """Within this context the ops believe that Triton can run here, and take the first tiles.
+
+    Args:
+        every_way: they have all tiles to choose from.
+    """
     before = triton._missing_reason, triton.interpreted
     triton._missing_reason = lambda: ""
-    triton.interpreted = lambda: True
+    triton.interpreted = lambda: not every_way
+    conv._tiles_of.cache_clear()
     try:
         yield
     finally:
         triton._missing_reason, triton.interpreted = before
+        conv._tiles_of.cache_clear()
 
 
 def record_step(cell: Cell) -> tuple[list[Item], int]:

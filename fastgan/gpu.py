@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tf32() -> bool:
+    """Whether torch lets its own convolutions round float32 to TF32."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(convolutions.fp32_precision == "tf32")
 
 
 def unsupported_reasons(op: str, on_cpu: bool, *tensors: Tensor) -> list[str]:

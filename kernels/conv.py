@@ -246,7 +246,7 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"
     if common.target_backend() == "hip":
         return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if gpu.tf32() else "tf32x3"
 
 
 # A kernel would be compiled anew for each size that is a multiple of 16. Only channels decide how

@@ -76,7 +76,7 @@ def honest_triton():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fp32_precision():
     """Sets how the convolutions multiply float32 on a GPU: precisely, or as it is called with."""
     convolutions = torch.backends.cudnn.conv

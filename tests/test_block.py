@@ -187,7 +187,7 @@ TRITON_BLOCKS = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(("kind", "sizes"), TRITON_BLOCKS, ids=str)
-def test_triton_block(nan_outputs, honest_triton, fp32_precision, kind, sizes, training, dtype):
+def test_triton_block(nan_outputs, honest_triton, kind, sizes, training, dtype):
     check(kind, sizes, "tanh", "triton", training=training, dtype=dtype)
 
 
@@ -199,7 +199,10 @@ CUDA_BLOCKS = (
     ("transposed", (4, 20, (3, 2), 3, 4, 2, 1)),
     ("transposed", (2, 5, (9, 8), 2, 4, 2, 1)),
     ("transposed", (6, 18, (1, 1), 5, 4, 1, 0)),
-    ("transposed", (4, 5, (3, 2), 18, 4, 2, 1)),  # of which cuda has batch norm only
+    ("transposed", (4, 5, (3, 2), 18, 4, 2, 1)),
+    ("transposed", (4, 16, (3, 4), 24, 4, 2, 1)),  # whole vectors
+    ("plain", (4, 24, (6, 10), 16, 4, 2, 1)),
+    ("plain", (4, 6, (5, 4), 7, 3, 1, 1)),
 )
 
 
@@ -217,7 +220,7 @@ def test_cuda_block(nan_outputs, kind, sizes, training, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", OPS)
 def test_triton_layouts_groups_and_a_bias(
-    nan_outputs, honest_triton, fp32_precision, kind, layout, training, groups
+    nan_outputs, honest_triton, kind, layout, training, groups
 ):
     sizes = (4, 20, (4, 2), 5, 4, 2, 1)
     keep = {"layout": layout, "training": training, "groups": groups}

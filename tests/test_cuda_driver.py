@@ -1,5 +1,7 @@
 """CUDA kernels run by their own host code, as PTX: right numbers, and a GPU's limits and errors."""
 
+import math
+
 import pytest
 from support import cuda_build
 from support.ptx_runs import ORDERS, outcomes
@@ -8,11 +10,11 @@ REASON = cuda_build.missing_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 DTYPES = {"float32": "float", "bfloat16": "__nv_bfloat16", "float16": "__half"}
-IN_BOTH_ORDERS = ["row sums", "without a barrier", "halves", "chosen"]
+IN_BOTH_ORDERS = ["row sums", "without a barrier", "halves", "chosen", "without waiting"]
 IN_ONE = [
     *("rounded", "integers", "out of bounds", "read only", "recorded", "outside", "devices"),
     *("grids", "no rows", "too many threads", "against launch bounds", "much shared memory"),
-    *("shared memory allowed", "injected"),
+    *("shared memory allowed", "injected", "as they come", "pieces"),
 ]
 INVALID_VALUE, INVALID_CONFIGURATION, LAUNCH_FAILURE = 1, 9, 719
 
@@ -23,7 +25,12 @@ def results(tmp_path_factory):
     cuda_build.build_stand_in()
     cuda_build.build_library(cuda_build.TOYS)
     names = [f"{name} {order}" for name in IN_BOTH_ORDERS for order in ORDERS]
-    names += [f"functions {dtype} {order}" for dtype in DTYPES for order in ORDERS]
+    names += [
+        f"{name} {dtype} {order}"
+        for name in ("functions", "products")
+        for dtype in DTYPES
+        for order in ORDERS
+    ]
     return outcomes(
         "support.cuda_driver_cases", [*names, *IN_ONE], tmp_path_factory.mktemp("triton")
     )
@@ -66,6 +73,51 @@ def test_threads_in_three_dimensions_part(results, order):
     assert results[f"chosen {order}"] == {
         "same": True,
         "launches": [["chosen", [3, 2, 1], [8, 4, 2], 0, 0]],
+    }
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_tiles(results, dtype, order):
+    """By 4 warps of 6 blocks; each multiplies half of what it has of a step's tiles at a time."""
+    result = results[f"products {dtype} {order}"]
+    assert "raised" not in result, result["raised"]
+    assert result["returned"] == 0
+    assert result["error"] < 3
+    assert result["kept"]
+    assert result["transposed"] == (dtype != "float32")
+    steps = 11 if dtype == "float32" else 6
+    assert result["loads"] == 6 * 4 * steps * 4
+    # Each copies a piece of each factor, and no factor has all of them.
+    assert 0 < result["copies"] <= 6 * 4 * steps * 2
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conflicts_of_tiles(results, dtype, order):
+    """None where the pieces of rows are moved about, in the loop and after it."""
+    result = results[f"products {dtype} {order}"]
+    assert result["in loop"] > 0
+    assert result["wavefronts a load"] == [4]
+    assert result["conflicts of copies"] == 0
+    assert results["as they come"]["wavefronts a load"] == [16]
+    assert results["as they come"]["error"] < 3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_missing_waits_show(results, order):
+    assert all(map(math.isnan, results[f"without waiting {order}"]["errors"]))
+
+
+def test_copies_of_4_and_8_bytes(results):
+    assert results["pieces"] == {
+        "close": True,
+        "counted": [
+            ["cp.async.ca.shared.global", 3, 3, 3],
+            ["cp.async.ca.shared.global", 3, 6, 6],
+            ["ld.shared.f32", 3, 3, 3],
+            ["ld.shared.v2.f32", 3, 6, 6],
+        ],
     }
 
 

@@ -4,6 +4,7 @@ That the ops on them compute what they should is tested with the ops.
 """
 
 import itertools
+import shutil
 from typing import NamedTuple
 
 import numpy as np
@@ -42,11 +43,36 @@ def needs(sanitizer):
     return pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))
 
 
-@pytest.mark.parametrize("sanitizer", [pytest.param(s, marks=needs(s)) for s in SANITIZERS])
+def run_sanitized(sanitizer, path, names):
+    return cuda_host.run_sanitized(sanitizer, "support.cuda_kernel_cases:run_all", path, *names)
+
+
+@pytest.mark.parametrize("sanitizer", [pytest.param("address", marks=needs("address"))])
 def test_nothing_for_a_sanitizer_to_find(sanitizer):
-    names = [name for name in CASES if name.endswith("float32")]
-    path = cuda_host.build_kernels(sanitizer)
-    done = cuda_host.run_sanitized(sanitizer, "support.cuda_kernel_cases:run_all", path, *names)
+    """Narrow copies are of another kind in bfloat16 than in float32."""
+    names = [name for name in CASES if CASES[name].dtype != "float16"]
+    done = run_sanitized(sanitizer, cuda_host.build_kernels(sanitizer), names)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def three_passes(kernels, tmp_path_factory):
+    """Of the products only those of float32 in three passes, which is half as much to compile."""
+    root = tmp_path_factory.mktemp("sources")
+    folder = root / cuda_host.KERNELS
+    shutil.copytree(cuda_host.ROOT / cuda_host.KERNELS, folder)
+    text = (folder / "conv.cuh").read_text(encoding="utf-8")
+    assert text.count(ONE_PASS) == 1
+    (folder / "conv.cuh").write_text(text.replace(ONE_PASS, ""), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_host, "ROOT", root)
+        yield
+
+
+@pytest.mark.parametrize("sanitizer", [pytest.param("thread", marks=needs("thread"))])
+def test_no_race(three_passes, sanitizer):
+    names = [n for n in CASES if CASES[n].dtype == "float32" and "TF32" not in n]
+    done = run_sanitized(sanitizer, cuda_host.build_kernels(sanitizer), names)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -59,22 +85,78 @@ class Fault(NamedTuple):
 
 
 BARRIER = "  __syncthreads();\n"
+# Of conv.cuh: makes the products of one pass.
+ONE_PASS = "    f(null, std::integral_constant<int, 1>{});\n"
+# Of conv.cuh, in the order in which they have to be.
+WAIT = "    wait_for_copies<kStages - 2>();\n"
+MEET = (
+    "    // Of all threads' copies; and all have read the stage that is fetched next.\n"
+    "    __syncthreads();\n"
+)
+FETCH = "    fetch_stage(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);\n"
 FAULTS = {
-    "a missing barrier before a product": Fault(
-        Edit(
-            "product.cuh",
-            "(bs, b, k, end);\n    __syncthreads();",
-            "(bs, b, k, end);",
-        ),
-        "thin, fprop",
+    "a missing barrier before a stage is read": Fault(Edit("conv.cuh", MEET, ""), "4x4, fprop"),
+    "a stage that is not waited for": Fault(Edit("conv.cuh", WAIT, ""), "4x4, dgrad"),
+    "a wait for a stage too few": Fault(
+        Edit("conv.cuh", WAIT, WAIT.replace("- 2", "- 1")), "4x4, wgrad"
     ),
-    "a missing barrier after a product": Fault(
+    "a stage that is fetched too early": Fault(
+        Edit("conv.cuh", WAIT + MEET + FETCH, WAIT + FETCH + MEET), "4x4, fprop"
+    ),
+    "a missing barrier after the last stage": Fault(
+        Edit("conv.cuh", "stage + 1;\n  }\n  __syncthreads();\n", "stage + 1;\n  }\n"),
+        "1x1 in strides, wgrad",
+    ),
+    "rows that are gathered before the last were written": Fault(
         Edit(
-            "product.cuh",
-            "sums[i][j]);\n    }\n    __syncthreads();",
-            "sums[i][j]);\n    }",
+            "conv.cuh",
+            "    __syncwarp();\n#pragma unroll\n    for (int j = 0;",
+            "#pragma unroll\n    for (int j = 0;",
         ),
-        "thin, fprop",
+        "4x4, fprop",
+    ),
+    "rows that are written before they were gathered": Fault(
+        Edit("conv.cuh", "    __syncwarp();\n    if (columns %", "    if (columns %"), "4x4, wgrad"
+    ),
+    "a missing barrier before statistics are merged": Fault(
+        Edit("conv.cuh", "  __syncthreads();\n  const int together", "  const int together"),
+        "128x64, fprop",
+    ),
+    "a pass that is left out": Fault(
+        Edit("conv.cuh", "            multiply_add<T>(left[i], rest, sums[i][j + half]);\n", ""),
+        "product, fprop",
+    ),
+    "statistics of another tile": Fault(
+        Edit(
+            "conv.cuh",
+            "tile % out.group_tiles * Tile::kRows / out.slot_rows, part",
+            "tile % out.group_tiles, part",
+        ),
+        "128x64, fprop",
+    ),
+    "statistics of another pixel": Fault(
+        Edit("conv.cuh", "out.parts + part + at.whole;", "out.parts + part;"), "product, dgrad"
+    ),
+    "a tap outside of the image": Fault(
+        Edit("conv_fprop.cu", "bits(-y, s.high_h - y)", "bits(-y - 1, s.high_h - y)"), "4x4, fprop"
+    ),
+    "a wrong class": Fault(
+        Edit(
+            "conv_dgrad.cu",
+            "(first + (s.stride - 1) * s.padding) % s.stride",
+            "(first + s.padding) % s.stride",
+        ),
+        "2x5 in threes, dgrad",
+    ),
+    "a tap that a class has not": Fault(
+        Edit("conv_dgrad.cu", "min(y + 1, side_y.taps)", "y + 1"), "5x5, dgrad, infinite"
+    ),
+    "a part that ends too late": Fault(
+        Edit("conv_wgrad.cu", "min(begin + run, s.n * s.h * s.w)", "s.n * s.h * s.w"),
+        "4x4, wgrad in parts",
+    ),
+    "a missing barrier before sums of dots": Fault(
+        Edit("conv_dot.cu", BARRIER, ""), "dots of 8, fprop, bias"
     ),
     "a missing barrier before the sums of a block": Fault(
         Edit("gan_loss.cu", BARRIER, ""), "loss, many"
@@ -90,8 +172,21 @@ FAULTS = {
         ),
         "bn of 8",
     ),
-    "a row too many of a tile": Fault(
-        Edit("product.cuh", "if (row >= rows ||", "if (row > rows ||"), "thin, fprop", "address"
+    "a window too many": Fault(
+        Edit("conv_fprop.cu", "if (line < rows)", "if (line <= rows)"), "4x4, fprop", "address"
+    ),
+    "a row too many of the weight": Fault(
+        Edit("conv_fprop.cu", "row < count", "row <= count"), "4x4, fprop", "address"
+    ),
+    "a column too many": Fault(
+        Edit("conv.cuh", "first + column >= columns)", "first + column > columns)"),
+        "4x4, odd, dgrad",
+        "address",
+    ),
+    "a last part as long as the others": Fault(
+        Edit("conv_wgrad.cu", "min(begin + run, s.n * s.h * s.w)", "begin + run"),
+        "4x4, wgrad in parts",
+        "address",
     ),
     "a row too many of a tile of statistics": Fault(
         Edit(
@@ -118,7 +213,7 @@ FAULTS = {
     ),
     "a part too few": Fault(
         Edit("elementwise.cu", "part < parts; ++part", "part < parts - 1; ++part"),
-        "thin, wgrad in parts",
+        "4x4, wgrad in parts",
     ),
     "lanes that are left out": Fault(
         Edit(
@@ -153,6 +248,14 @@ FAULTS = {
         "thin of 8, dgrad",
         "thread",
     ),
+    "a row of the next group": Fault(
+        Edit("conv_fprop.cu", "row < rows ? (first_row", "row <= rows ? (first_row"),
+        "4x4, fprop",
+        "thread",
+    ),
+    "a missing barrier before a stage is read, by its race": Fault(
+        Edit("conv.cuh", MEET, ""), "product, wgrad", "thread"
+    ),
     "a missing barrier, by its race": Fault(
         Edit("gan_loss.cu", BARRIER, ""), "loss, many", "thread"
     ),
@@ -164,7 +267,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", [n for n, fault in FAULTS.items() if fault.by == "orders"])
-def test_a_planted_fault_is_found(name):
+def test_a_planted_fault_is_found(three_passes, name):
     """The case passes without it: see above."""
     edit, case, _ = FAULTS[name]
     faulty = on_host(cuda_host.build_kernels(edit=edit))
@@ -188,17 +291,24 @@ def test_a_planted_fault_is_found(name):
         if fault.by in SANITIZERS
     ],
 )
-def test_a_planted_fault_is_found_by_a_sanitizer(name):
+def test_a_planted_fault_is_found_by_a_sanitizer(three_passes, name):
     edit, case, sanitizer = FAULTS[name]
     path = cuda_host.build_kernels(sanitizer, edit)
-    run = "support.cuda_kernel_cases:run_all"
-    done = cuda_host.run_sanitized(sanitizer, run, path, f"{case} float32")
+    done = run_sanitized(sanitizer, path, [f"{case} float32"])
     assert done.returncode == cuda_host.FOUND, done.stderr[-3000:]
     assert edit.file in done.stderr
 
 
 def images(shape=(2, 8, 3, 5), dtype="float32"):
     return poisoned_images(*shape, dtype)
+
+
+PRODUCT = (64, 64, False)
+
+
+def dgrad(high=(2, 16, 6, 10), weight=(8, 16, 4, 4)):
+    """Of conv_dgrad from the images on, but for the statistics."""
+    return images(), images(weight), None, 0, SLOPE, images(high)
 
 
 # Of each, an argument that does not fit, and what is said.
@@ -249,34 +359,93 @@ REFUSED = {
         r"negative_slope -1\.0+ should not be negative",
     ),
     "groups": (
-        lambda k: k.call("thin_fprop", 3, images((2, 3, 6, 10)), images((8, 3, 4, 4)), None, 0,
-                         SLOPE, images(), None),
-        "thin_fprop: groups 3 should divide the batch of 2",
+        lambda k: k.call("thin_dgrad", 2, 1, None, 3, images(), images((8, 3, 4, 4)), None, 0,
+                         SLOPE, images((2, 3, 6, 10)), None),
+        "thin_dgrad: groups 3 should divide the batch of 2",
     ),
     "a side that is not thin": (
-        lambda k: k.call("thin_dgrad", 1, images(), images((8, 5, 4, 4)), None, 0, SLOPE,
-                         images((2, 5, 6, 10)), None),
-        "a thin high side has at most 4 channels",
+        lambda k: k.call("thin_dgrad", 2, 1, None, 1, images(), images((8, 5, 4, 4)), None, 0,
+                         SLOPE, images((2, 5, 6, 10)), None),
+        "a thin high side .* has at most 4 channels .*: not 5 channels, 4x4, 2, 1",
     ),
-    "a side of another size": (
-        lambda k: k.call("thin_dgrad", 1, images(), images((8, 3, 4, 4)), None, 0, SLOPE,
-                         images((2, 3, 6, 11)), None),
+    "a thin side of another size": (
+        lambda k: k.call("thin_dgrad", 2, 1, None, 1, images(), images((8, 3, 4, 4)), None, 0,
+                         SLOPE, images((2, 3, 6, 11)), None),
         "a thin high side is twice as high and wide as the low side",
     ),
-    "a low side that is not 1x1": (
-        lambda k: k.call("projection_wgrad", images(), images((2, 3, 4, 4)), images((8, 3, 4, 4)),
-                         None),
-        "a projection's low side is 1x1",
+    "many dots": (
+        lambda k: k.call("dot_fprop", 1, 0, None, 1, images((2, 3, 4, 4)), images((5, 3, 4, 4)),
+                         None, 0, SLOPE, images((2, 5, 1, 1)), None),
+        "dot_fprop: dot products make a low side of 1x1 with at most 4 .* not 1x1 with 5 channels",
+    ),
+    "dots at several places": (
+        lambda k: k.call("dot_fprop", 1, 0, None, 1, images((2, 3, 4, 4)), images((2, 3, 3, 3)),
+                         None, 0, SLOPE, images((2, 2, 2, 2)), None),
+        "dot_fprop: .* by a kernel of the high side's size: not 2x2 with 2 channels",
+    ),
+    "no product": (
+        lambda k: k.call("conv_dgrad", 2, 1, None, 1, *dgrad(), None),
+        r"conv_dgrad: product None should be \(rows, columns, tf32\)",
+    ),
+    "no product of a weight's gradient": (
+        lambda k: k.call("conv_wgrad", 2, 1, None, images(), images((2, 16, 6, 10)),
+                         images((8, 16, 4, 4)), None),
+        r"conv_wgrad: product None should be \(rows, columns, tf32\)",
+    ),
+    "a product": (
+        lambda k: k.call("conv_dgrad", 2, 1, (64, 128, True), 1, *dgrad(), None),
+        "conv_dgrad: product 64x128: there are 128x128, 128x64 and 64x64",
+    ),
+    "a product where there is one way": (
+        lambda k: k.call("thin_dgrad", 2, 1, PRODUCT, 1, images(), images((8, 3, 4, 4)), None, 0,
+                         SLOPE, images((2, 3, 6, 10)), None),
+        "thin_dgrad: product should be None: there is one way",
+    ),
+    "sides that do not fit": (
+        lambda k: k.call("conv_dgrad", 2, 2, PRODUCT, 1, *dgrad(), None),
+        r"conv_dgrad: low \(2, 8, 3, 5\) and high \(2, 16, 6, 10\) are not the sides of a "
+        r"convolution by a weight \(8, 16, 4, 4\) with stride 2 and padding 2",
+    ),
+    "no stride": (
+        lambda k: k.call("conv_dgrad", 0, 1, PRODUCT, 1, *dgrad(), None),
+        "conv_dgrad: stride 0, padding 1: at least 1, and at least 0",
+    ),
+    "a kernel larger than the image": (
+        lambda k: k.call("conv_dgrad", 1, 0, PRODUCT, 1, *dgrad(high=(2, 16, 3, 5)), None),
+        "are not the sides of a convolution",
+    ),
+    "many taps": (
+        lambda k: k.call("conv_wgrad", 1, 8, PRODUCT, images(), images((2, 3, 3, 5)),
+                         images((8, 3, 17, 17)), None),
+        "conv_wgrad: kernel 17x17: products take sides to 16",
     ),
     "different batches": (
-        lambda k: k.call("projection_wgrad", images((3, 8, 1, 1)), images((2, 3, 4, 4)),
-                         images((8, 3, 4, 4)), None),
-        "are of different batches",
+        lambda k: k.call("conv_dgrad", 2, 1, PRODUCT, 1, *dgrad(high=(3, 16, 6, 10)), None),
+        r"low \(2, 8, 3, 5\) and high \(3, 16, 6, 10\) are of different batches",
     ),
     "a weight": (
-        lambda k: k.call("projection_dgrad", 1, images((2, 8, 1, 1)), images((8, 3, 3, 3)), None, 0,
-                         SLOPE, images((2, 3, 4, 4)), None),
-        r"weight float32 \(8, 3, 3, 3\) should be \(8, 3, 4, 4\)",
+        lambda k: k.call("conv_dgrad", 2, 1, PRODUCT, 1, *dgrad(weight=(8, 15, 4, 4)), None),
+        r"weight float32 \(8, 15, 4, 4\) should be \(8, 16, 4, 4\)",
+    ),
+    "statistics of other tiles": (
+        lambda k: k.call("conv_dgrad", 2, 1, PRODUCT, 1, *dgrad(), poisoned((1, 3, 16))),
+        r"stats float32 \(1, 3, 16\) should be \(4, 3, 16\)",
+    ),
+    "a tile lower than the statistics'": (
+        lambda k: k.call("conv_fprop", 1, 0, PRODUCT, 1, images((2, 32, 128, 128)),
+                         images((32, 32, 1, 1)), None, 0, SLOPE, images((2, 32, 128, 128)),
+                         poisoned((256, 3, 32))),
+        "statistics of 128 rows need a tile of as many, not of 64",
+    ),
+    "shares of another size": (
+        lambda k: k.call("conv_wgrad", 2, 1, PRODUCT, images(), images((2, 16, 6, 10)),
+                         images((8, 16, 4, 4)), poisoned((2, 2047))),
+        r"sums float32 \(2, 2047\) should be \(2, 2048\)",
+    ),
+    "shares of no parts": (
+        lambda k: k.call("conv_wgrad", 2, 1, PRODUCT, images(), images((2, 16, 6, 10)),
+                         images((8, 16, 4, 4)), poisoned((2048,))),
+        r"sums \(2048\) is not \[parts, size\]",
     ),
     "statistics": (
         lambda k: k.call("bn_stats", images(), poisoned((3, 3, 8)), 2),

@@ -138,6 +138,149 @@ def test_parts_of_a_warp_and_votes(toys, order):
     assert np.array_equal(launched(toys, "ballot", x, order), np.repeat(votes, 32))
 
 
+def turned_in_tiles(toys, stages, width, lacks, order):
+    """What a pipeline makes of numbers that end within a tile, and what it should make of them."""
+    x = numbers(9 * 64 * width + 5 * width)
+    shape = {"grid": (1, 1, 1), "block": (64, 1, 1), "shared": 4 * stages * 64 * width}
+    kernel = f"pipeline<{stages}, {width}, {lacks}>"
+    tiles = np.concatenate([x, np.zeros(59 * width, np.float32)]).reshape(10, 64 * width)
+    return launched(toys, kernel, x, order, size=tiles.size, **shape), tiles[:, ::-1].ravel()
+
+
+@in_every_order
+@pytest.mark.parametrize(("stages", "width"), [(2, 1), (3, 2), (4, 4)])
+def test_copies_have_landed_where_they_are_waited_for(toys, stages, width, order):
+    got, want = turned_in_tiles(toys, stages, width, "kNothing", order)
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("lacks", ["kCommit", "kWait", "kGroup", "kBarrier", "kOrder"])
+def test_what_a_pipeline_lacks_shows_in_some_order(toys, lacks):
+    results = [turned_in_tiles(toys, 3, 4, lacks, order) for order in ORDERS]
+    assert not all(np.array_equal(got, want) for got, want in results)
+
+
+def test_copies_are_made_at_once_or_when_they_are_waited_for(toys):
+    x = numbers(640)
+    late, early, *mixed = (launched(toys, "copies_what_changes", x, order) for order in ORDERS)
+    assert (late == 9).all() and np.array_equal(early, x)
+    for y in mixed:
+        assert 200 < (y == 9).sum() < 440 and ((y == 9) | (y == x)).all()
+
+
+@in_every_order
+def test_copies_that_nobody_waits_for_stay_in_their_block(toys, order):
+    assert np.isnan(launched(toys, "leaves_copies", numbers(640), order)).all()
+
+
+@in_every_order
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_are_loaded_as_ptx_has_it(toys, transposed, order):
+    words = np.random.default_rng(0).integers(0, 2**16, (32, 8), dtype=np.uint16)
+    kernel = f"matrices<{str(transposed).lower()}, true>"
+    shape = {"grid": (1, 1, 1), "block": (32, 1, 1)}
+    got = launched(toys, kernel, words.reshape(-1).view(np.float32), order, **shape)
+    lane = np.arange(32)
+    matrices = words[(5 * lane + 3) % 32].reshape(4, 8, 8)
+    if transposed:
+        matrices = matrices.transpose(0, 2, 1)
+    # The rows one after another, two elements to a lane.
+    want = matrices.reshape(4, 32, 2).transpose(1, 0, 2)
+    assert np.array_equal(got.view(np.uint16).reshape(32, 4, 2), want)
+
+
+def bfloat16_values(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def tf32_values(bits):
+    return (bits // 2**13 * 2**13).view(np.float32).astype(np.float64)
+
+
+def half_values(bits):
+    return bits.view(np.float16).astype(np.float64)
+
+
+def fragments(bits):
+    """Where the lanes hold A [16, k], B [k, 8] and C, in the words of PTX on ``mma``.
+
+    As [row, column] of each element that a lane holds of A, B and C.
+    """
+    group, member = np.arange(32)[:, None] // 4, np.arange(32)[:, None] % 4
+    i = np.arange(4)
+    c = group + 8 * (i >= 2), member * 2 + (i & 1)
+    if bits == 32:
+        a = group + 8 * ((i == 1) | (i == 3)), member + 4 * (i >= 2)
+        return a, (member + 4 * (i[:2] == 1), group + 0 * i[:2]), c
+    b = member * 2 + (i & 1) + 8 * (i >= 2), group + 0 * i
+    i = np.arange(8)
+    upper = (i < 2) | ((i >= 4) & (i < 6))
+    return (np.where(upper, group, group + 8), member * 2 + (i & 1) + 8 * (i >= 4)), b, c
+
+
+PRODUCTS = {
+    "__nv_bfloat16": (np.uint16, 16, bfloat16_values),
+    "__half": (np.uint16, 16, half_values),
+    "float": (np.uint32, 8, tf32_values),
+}
+
+
+@in_every_order
+@pytest.mark.parametrize("any_bits", [False, True], ids=["normal", "any bits"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_those_of_ptx(toys, name, any_bits, order):
+    dtype, depth, values = PRODUCTS[name]
+    draw = np.random.default_rng(0)
+    a, b = (
+        draw.integers(0, 2 ** (8 * dtype().itemsize), (20, *shape), dtype=dtype)
+        for shape in ((16, depth), (depth, 8))
+    )
+    c = draw.standard_normal((20, 16, 8)).astype(np.float32)
+    if any_bits:
+        c[:, 3:5] = draw.integers(0, 2**32, (20, 2, 8), dtype=np.uint32).view(np.float32)
+        c[:, 5, :3] = np.inf, -np.inf, np.nan
+    else:
+        # Exponents from -8 to 7.
+        scale = {"__nv_bfloat16": 7, "__half": 10, "float": 23}[name]
+        bias = 15 if name == "__half" else 127
+        for bits in (a, b):
+            sign = bits & dtype(1 << (8 * bits.itemsize - 1))
+            exponent = draw.integers(bias - 8, bias + 8, bits.shape).astype(dtype)
+            bits[:] = sign | exponent << dtype(scale) | bits & dtype((1 << scale) - 1)
+    x = np.concatenate(
+        [
+            np.ascontiguousarray(matrix[:, row, column]).view(np.float32)
+            for matrix, (row, column) in zip((a, b, c), fragments(8 * a.itemsize), strict=True)
+        ],
+        axis=2,
+    )
+    shape = {"grid": (5, 1, 1), "block": (128, 1, 1)}
+    got = launched(toys, f"products<{name}>", x.ravel(), order, size=20 * 128, **shape)
+    sums = np.zeros(c.shape)
+    with np.errstate(all="ignore"):
+        for k in range(depth):
+            sums += values(a)[:, :, k, None] * values(b)[:, k, None]
+        sums = (sums + c).astype(np.float32)
+    assert any_bits or np.isfinite(sums).all()
+    row, column = fragments(8 * a.itemsize)[2]
+    assert same_bits_or_nan(got, sums[:, row, column].ravel())
+
+
+def test_rounding_to_tf32(toys):
+    below, ends = np.array([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF]), np.arange(0, 2**31, 2**13)
+    # Around each number of the format, or a 64th of them and the last, the infinities and NaNs.
+    ends = np.concatenate([ends[:: 2**6], ends[ends >= 0x7F7FC000][:8]])
+    bits = (ends[:, None] + below).ravel().astype(np.uint32)
+    bits = np.concatenate([bits, bits | np.uint32(2**31), np.uint32([0x7FFFFFFF, 2**32 - 1])])
+    got = np.zeros_like(bits)
+    call(toys.library.toy_to_tf32, bits.view(np.float32), got)
+    size, sign = bits % 2**31, bits // 2**31 * 2**31
+    down, rest = size // 2**13 * 2**13, size % 2**13
+    want = sign + np.where(rest < 2**12, down, down + 2**13)
+    want = np.where(size > 0x7F800000, 0x7FFFFFFF, want)
+    assert np.array_equal(got, want)
+
+
 @in_every_order
 def test_every_block_and_thread_has_its_index(toys, order):
     grid, block = (3, 4, 5), (6, 2, 7)
@@ -168,6 +311,16 @@ def test_unwritten_shared_memory_is_nan_in_every_block(toys):
         ("other_masks", 32, "with the mask 0x"),
         ("two_shuffles", 32, "which is at the __shfl_sync of"),
         ("width_of_five", 32, "the width 5"),
+        ("copies_to_misaligned", 32, "copy_async writes where it is not aligned"),
+        ("copies_from_misaligned", 32, "copy_async reads where it is not aligned"),
+        ("copies_past_shared", 128, "copy_async writes outside of shared memory"),
+        ("copies_before_shared", 32, "copy_async writes outside of shared memory"),
+        ("copies_to_global", 32, "copy_async writes outside of shared memory"),
+        ("matrices_misaligned", 32, "load_matrices reads where it is not aligned"),
+        ("matrices_past_shared", 128, "load_matrices reads outside of shared memory"),
+        ("matrices_without_lane", 32, "lane 31, which has returned"),
+        ("product_without_lane", 32, "lane 3, which waits at"),
+        ("two_products", 32, "which is at the multiply_add of"),
     ],
 )
 def test_what_cuda_leaves_undefined_is_refused(toys, kernel, threads, why, order):
@@ -296,6 +449,12 @@ def test_accesses_out_of_bounds_are_found(kernel, grid, threads, found):
     assert found in result.stderr and "toy.cu:" in result.stderr
 
 
+def test_copies_out_of_bounds_are_found():
+    result = sanitized("address", "run", "copies_past_end", 100, 1, 32, 4)
+    assert result.returncode == cuda_host.FOUND, result.stderr
+    assert "heap-buffer-overflow" in result.stderr and "toy.cu:" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("kernel", "grid", "threads"),
     [
@@ -309,10 +468,14 @@ def test_accesses_out_of_bounds_are_found(kernel, grid, threads, found):
         ("race_after_barrier", 1, 64),
         ("race_of_blocks", 2, 64),
         ("race_with_block_before", 2, 1),
+        ("pipeline<3, 4, kBarrier>", 1, 64),
+        ("pipeline<3, 4, kOrder>", 1, 64),
+        ("matrices<false, false>", 1, 32),
+        ("race_over_product", 1, 32),
     ],
 )
 def test_races_are_found(kernel, grid, threads):
-    result = sanitized("thread", "run", kernel, 128, grid, threads)
+    result = sanitized("thread", "run", kernel, 1024, grid, threads, 12)
     assert result.returncode == cuda_host.FOUND, result.stderr
     assert "data race" in result.stderr and "toy.cu:" in result.stderr
 

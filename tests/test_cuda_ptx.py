@@ -7,7 +7,14 @@ of which a GPU and a CPU have their own. Without its barriers a kernel does not.
 import pytest
 from support import cuda_build, cuda_host
 from support.cuda_kernel_cases import CASES
-from support.cuda_ptx_cases import ERRORS, FAULTS, KERNELS, WITHOUT_BARRIER
+from support.cuda_ptx_cases import (
+    COPYING,
+    ERRORS,
+    FAULTS,
+    KERNELS,
+    WITHOUT_BARRIER,
+    WITHOUT_WAIT,
+)
 from support.ptx_runs import ORDERS, outcomes
 
 REASONS = [*filter(None, [cuda_build.missing_reason()]), *cuda_host.missing_reasons()]
@@ -23,7 +30,9 @@ def results(tmp_path_factory):
     cuda_build.build_stand_in()
     cuda_build.build_extension()
     cuda_host.build_kernels()
-    names = [KERNELS, *(WITHOUT_BARRIER + kernel for kernel in FAULTS), *ERRORS, *CASES]
+    names = [KERNELS, *ERRORS, *CASES]
+    names += [WITHOUT_BARRIER + kernel for kernel in FAULTS]
+    names += [WITHOUT_WAIT + kernel for kernel in COPYING]
     return outcomes("support.cuda_ptx_cases", names, tmp_path_factory.mktemp("triton"))
 
 
@@ -53,7 +62,48 @@ def test_missing_barriers_show(results, kernel):
 
 def test_kernels_with_barriers(results):
     """Those above, and no others."""
-    assert {name.partition("<")[0] for name in results[KERNELS]["with barriers"]} == set(FAULTS)
+    assert {name.partition("<")[0] for name in results[KERNELS]["bar.sync"]} == set(FAULTS)
+
+
+@pytest.mark.parametrize("kernel", COPYING)
+def test_missing_waits_show(results, kernel):
+    assert any(results[WITHOUT_WAIT + kernel]["wrong"].values())
+
+
+def test_kernels_with_copies(results):
+    """All products copy asynchronously what is 4 bytes or more, and 16 bytes wherever that fits."""
+    found = results[KERNELS]
+    products = [name for name in found["kernels"] if name.startswith(COPYING)]
+    assert set(found["cp.async.wait_group"]) == set(products)
+    narrow = [name for name in products if name.endswith("Widths<1, 1, false> >")]
+    assert set(found["cp.async.cg.shared.global"]) == set(products) - set(narrow)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "product"),
+    [
+        ("bfloat16", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+        ("float16", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
+        ("float32", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
+    ],
+)
+def test_products_are_of_tensor_cores(results, dtype, product):
+    names = [
+        name
+        for name in CASES
+        if CASES[name].dtype == dtype
+        and any(k.startswith(COPYING) for k in results[name]["kernels"])
+    ]
+    assert names and all(results[name]["products"] == [product] for name in names)
+
+
+def test_no_lanes_meet_in_a_bank(results):
+    """As products are copied and read; of what is written after them some do."""
+    accesses = 0
+    for name in CASES:
+        assert results[name]["conflicts"] == [], name
+        accesses += results[name]["accesses"]
+    assert accesses
 
 
 def test_a_launch_that_is_refused(results):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgan.benchmarks import gpu_check, gpu_parts
+from fastgan.benchmarks import bench_conv, gpu_check, gpu_parts
 from fastgan.benchmarks.gpu_check import Check, Part
 from fastgan.benchmarks.gpu_report import markdown
 from support.numerics import needs_cuda
 
-from fastgan.ops import cuda, triton, tuning
+from fastgan.ops import conv, cuda, triton, tuning
 
 NEEDS_TRITON = pytest.mark.skipif(
     any("not installed" in reason for reason in triton.missing_reasons()), reason="needs triton"
@@ -60,9 +60,11 @@ def test_a_dry_run_checks_the_kernels(tmp_path, capsys):
     }
     assert code == 0
     assert {row["right"] for row in parts["step"]["result"]["rows"]} == {True}
+    assert len(parts["ops"]["result"]["rows"]) == 2 * 3
     for row in parts["ops"]["result"]["rows"]:
-        assert len(row["ways"]) == 2
+        assert [way["backend"] for way in row["ways"].values()] == ["torch", "triton"]
         assert all(way["right"] and way["us"] > 0 for way in row["ways"].values())
+    assert "times torch's speed, geometric mean of 6; fastest: torch " in tables.read_text()
     for row in parts["passes"]["result"]["rows"]:
         assert row["ways"].keys() == {"reference", "triton"}
         assert all(way["right"] and way["us"] > 0 for way in row["ways"].values())
@@ -88,8 +90,30 @@ def test_the_cuda_kernels_are_checked_too(part):
         assert all(way["right"] for row in found["rows"] for way in row["ways"].values())
         assert "| batch norm " in markdown(made_up(passes=found))
     else:
-        # Both layers of a dry run are ends of a network.
-        assert all("direct" in row["ways"] and len(row["ways"]) == 3 for row in found["rows"])
+        ways = [row["ways"] for row in found["rows"]]
+        assert all(way["right"] and way["us"] > 0 for row in ways for way in row.values())
+        for row in ways:
+            assert {way["backend"] for way in row.values()} == {"torch", "triton", "cuda"}
+            assert "cuda 64x64" in row
+        # Of a backend all ways, where there are several.
+        assert sum("cuda direct" in row for row in ways) == 1
+        assert "| torch | triton | times torch's speed | cuda | times" in markdown(
+            made_up(ops=found)
+        )
+
+
+@needs_cuda
+@NEEDS_TRITON
+def test_a_way_is_of_one_backend(monkeypatch):
+    """Where all are chosen from, the way's name says whose it is."""
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    # What is cached is of an interpreter's choice.
+    monkeypatch.setattr(conv, "_tiles_of", conv._tiles_of.__wrapped__)
+    for case in bench_conv.CASES:
+        by_backend = gpu_parts._kernels(case, "bf16")
+        ways = {name: own.ways(case.direction) for name, own in by_backend.items()}
+        assert ways["triton"] and ways["cuda"] and not {*ways["triton"]} & {*ways["cuda"]}
+        assert "torch" not in ways["triton"] + ways["cuda"]
 
 
 @needs_cuda
@@ -290,7 +314,7 @@ def test_without_own_the_others_are_measured(tmp_path):
     assert names == ["example", "example channels_last"]
     lines = markdown(made_up(bench=records[-1]))
     assert "No speeds of fastgan: test_triton.py failed." in lines and "channels_last" in lines
-    assert gpu_parts._ways(gpu_parts._layers(job)[0], "tf32", job) == ["cuDNN"]
+    assert list(gpu_parts._ways(gpu_parts._layers(job)[0], "tf32", job)) == ["cuDNN"]
 
 
 def test_the_layers_are_those_of_dcgan_64():
@@ -383,11 +407,40 @@ def test_the_tables():
                         "direction": "dgrad",
                         "precision": "bf16",
                         "ways": {
-                            "cuDNN": speed(20.0),
-                            "128x128x64": speed(10.0),
-                            "64x64x64": {"right": False, "reason": "off | by much"},
+                            "cuDNN": speed("torch", 20.0),
+                            "triton 128x128x64": speed("triton", 10.0),
+                            "triton 64x64x64": {
+                                "backend": "triton",
+                                "right": False,
+                                "reason": "off | by much",
+                            },
+                            "cuda 64x64": speed("cuda", 50.0),
+                            "cuda 128x64": speed("cuda", 40.0),
                         },
-                    }
+                    },
+                    {
+                        "layer": "64->3@32",
+                        "direction": "wgrad",
+                        "precision": "bf16",
+                        "ways": {
+                            "cuDNN": speed("torch", 40.0),
+                            "triton 64x64x64": speed("triton", 50.0),
+                            "cuda 64x64": speed("cuda", 5.0),
+                        },
+                    },
+                    {
+                        "layer": "64->3@32",
+                        "direction": "fprop",
+                        "precision": "tf32",
+                        "ways": {
+                            "cuDNN": speed("torch", 7.0),
+                            "cuda 64x64": {
+                                "backend": "cuda",
+                                "right": False,
+                                "reason": "off by much",
+                            },
+                        },
+                    },
                 ],
             },
         )
@@ -397,22 +450,38 @@ def test_the_tables():
     assert "- 28x28x1, tf32, tile 3: no registers" in text
     assert "| bf16 | gradients | 1.0e-02 |  | 2.0e-02 | 4.0e-02 | wrong |" in text
     assert "| cuDNN | 1.0e-03 | 20.0 | 300.0 | 0.50 |  |" in text
-    assert "| 128x128x64 | 1.0e-03 | 10.0 | 300.0 | 0.50 | fastest |" in text
-    assert "| 64x64x64 |  |  |  |  | off \\| by much |" in text
+    assert "| triton 128x128x64 | 1.0e-03 | 10.0 | 300.0 | 0.50 | fastest |" in text
+    assert "| triton 64x64x64 |  |  |  |  | off \\| by much |" in text
+    # 20/10 and 40/50; 20/40 and 40/5.
+    assert (
+        "bf16: triton 1.26 times torch's speed, geometric mean of 2; "
+        "cuda 2.00 times torch's speed, geometric mean of 2; fastest: torch 0, triton 1, cuda 1."
+    ) in text
+    assert "tf32: fastest: torch 1, triton 0, cuda 0." in text
+    assert (
+        "| 512->256@4 | dgrad | bf16 | 20.0 µs, cuDNN | **10.0 µs, triton 128x128x64** | 2.00 "
+        "| 40.0 µs, cuda 128x64 | 0.50 |"
+    ) in text
+    assert "| tf32 | **7.0 µs, cuDNN** |  |  |  |  |" in text
     for line in text.splitlines():
         assert not line.startswith("|") or line.endswith("|")
 
 
-def speed(us):
-    return {"right": True, "error": 1e-3, "us": us, "tflop_s": 300.0, "of_roofline": 0.5}
+def speed(backend, us):
+    figures = {"error": 1e-3, "us": us, "tflop_s": 300.0, "of_roofline": 0.5}
+    return {"backend": backend, "right": True, **figures}
 
 
 def test_a_wrong_op_has_no_speed():
     case, name = gpu_parts._layers(gpu_parts.Job(dry_run=True))[0], "tf32"
-    errors = {"right": 1e-4, "wrong": 1.0, "nan": float("nan"), "none": "OutOfResources: shared"}
-    ways = gpu_parts._row(case, name, errors)["ways"]
+    errors = {"right": 1e-4, "wrong": 1.0, "nan": float("nan")}
+    found = {label: {"backend": "cuda", "error": error} for label, error in errors.items()}
+    found["none"] = {"backend": "triton", "reason": "OutOfResources: shared"}
+    ways = gpu_parts._row(case, name, found)["ways"]
     assert [way["right"] for way in ways.values()] == [True, False, False, False]
-    assert ways["none"]["reason"].startswith("OutOfResources")
+    assert [way["reason"].split(" ")[0] for way in list(ways.values())[1:]] == [
+        *("off", "off", "OutOfResources:")
+    ]
     json.dumps(ways, allow_nan=False)
     figures = gpu_parts._speed(
         {"gflop": 1e3, "megabytes": 1e3}, 2e-3, {"tflop_s": 1e3, "gb_s": 1e3}

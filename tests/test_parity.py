@@ -102,7 +102,7 @@ def test_cpp_trains_as_the_reference_does():
 @pytest.mark.parametrize("fuse_passes", [False, "auto"])
 @pytest.mark.parametrize(("channels", "nc"), [(4, 1), (8, 3)])
 def test_kernels_for_gpus_step_as_the_reference_does(
-    nan_outputs, honest_triton, fp32_precision, backend, channels, nc, fuse_passes
+    nan_outputs, honest_triton, backend, channels, nc, fuse_passes
 ):
     """Two steps in float32 against the reference's in float64: a few roundings each."""
     start = DCGANGenerator(6, channels, nc, 16), DCGANDiscriminator(channels, nc, 16)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from support.ptx import Kernel
+from support.ptx_conflicts import ConflictCounter
 from support.ptx_memory import PtxError, Region
 from support.ptx_runs import ORDERS, outcomes
 from support.ptx_text import split
@@ -141,20 +142,25 @@ def region(array):
     return Region(array.ctypes.data, array.view(np.uint8).reshape(-1))
 
 
-def run(body, inputs=None, warps=2, blocks=1, order="ascending", shared=256):
+def kernel_with(body):
+    return Kernel(f"{HEAD}{body}\n    ret;\n}}\n")
+
+
+def run(body, inputs=None, warps=2, blocks=1, order="ascending", shared=256, conflicts=None):
     """``[blocks, threads]``: the 64-bit output of each thread, which has one of the inputs."""
     size = blocks * warps * 32
     out = np.full(size, -7, np.int64)
     given = np.zeros(size, np.int64)
     if inputs is not None:
         given[: len(inputs)] = inputs
-    Kernel(f"{HEAD}{body}\n    ret;\n}}\n").launch(
+    kernel_with(body).launch(
         (blocks, 1, 1),
         32 * warps,
         [given.ctypes.data, out.ctypes.data, 0.5],
         [region(given), region(out)],
         shared=shared,
         warp_order=order,
+        conflicts=conflicts,
     )
     return out.reshape(blocks, -1)
 
@@ -299,7 +305,11 @@ def test_a_copy_is_poison_until_the_wait():
         ("add.rna.f32 %r4, %r0, %r0;", "unknown modifier .rna: add.rna.f32"),
         ("div.rz.f32 %r4, %r0, %r0;", "unknown rounding: div.rz.f32"),
         ("wgmma.fence.sync.aligned;", "unknown instruction: wgmma.fence"),
-        ("cvta.shared.u64 %d5, %d4;", "generic addresses of shared memory"),
+        ("cvta.shared.u64 %d5, %d4;\n ld.b32 %r4, [%d5];", "out of bounds: 32 lanes"),
+        (
+            "cvta.to.shared.u64 %d5, %d0;\n cvt.u32.u64 %r4, %d5;\n ld.shared.b8 %r4, [%r4];",
+            "out of bounds: 32 lanes access 1 bytes outside of the 256",
+        ),
         ("brx.idx %r0, $nowhere;", "no labels, in: brx.idx"),
     ],
 )
@@ -307,6 +317,146 @@ def test_what_is_refused(body, message, monkeypatch):
     monkeypatch.setattr("support.ptx.MOST_STEPS", 1000)
     with caught(message):
         run(body)
+
+
+def test_generic_addresses_of_shared_memory():
+    body = """
+        mov.u64 %d5, memory;
+        cvta.shared.u64 %d6, %d5;
+        mad.wide.u32 %d6, %r0, 4, %d6;
+        cvta.to.shared.u64 %d7, %d6;
+        cvt.u32.u64 %r4, %d7;
+        st.shared.b32 [%r4], %r0;
+        ld.shared.b32 %r5, [%d7];
+        cvt.u64.u32 %d5, %r5;
+        st.global.b64 [%d3], %d5;
+    """
+    assert np.array_equal(run(body)[0], np.arange(64))
+
+
+def accesses(body, **how):
+    """Those to shared memory; %r9 is its address, and %d4 to %d6 are 0."""
+    counter = ConflictCounter()
+    start = "mov.b32 %r9, memory;\n mov.b64 %d5, 0;\n mov.b64 %d6, 0;\n"
+    how = {"warps": 1, "shared": 4096, **how}
+    run(start + body, conflicts=counter, **how)
+    kernel = kernel_with(start + body)
+    return counter.listed(kernel.instructions, kernel.labels)
+
+
+def bytes_apart(count):
+    return f"mad.lo.u32 %r5, %r0, {count}, %r9;\n"
+
+
+COPY = "cp.async.ca.shared.global [%r5], [%d2]"
+WIDE = "{%d4, %d5}"
+MATRICES = "ldmatrix.sync.aligned.m8n8.x{count}.shared.b16"
+
+
+@pytest.mark.parametrize(
+    ("distance", "instruction", "wavefronts", "least"),
+    [
+        (4, "ld.shared.b32 %r6, [%r5]", 1, 1),
+        (8, "ld.shared.b32 %r6, [%r5]", 2, 1),
+        (12, "ld.shared.b32 %r6, [%r5]", 1, 1),
+        (128, "ld.shared.b32 %r6, [%r5]", 32, 1),
+        (132, "ld.shared.b32 %r6, [%r5]", 1, 1),
+        (0, "ld.shared.b32 %r6, [%r5]", 1, 1),
+        (0, "ld.shared.b32 %r6, [memory]", 1, 1),
+        (0, "st.shared.b32 [%r5], %r0", 1, 1),
+        (128, "st.shared.b32 [%r5], %r0", 32, 1),
+        # Two lanes share a word.
+        (2, "st.shared.b16 [%r5], %r0", 1, 1),
+        (64, "ld.shared.u8 %r6, [%r5]", 16, 1),
+        (8, "ld.shared.b64 %d5, [%r5]", 2, 2),
+        (16, "st.shared.b64 [%r5], %d4", 4, 2),
+        (8, "ld.shared.v2.b32 {%r6, %r7}, [%r5]", 2, 2),
+        (16, "ld.shared.v2.b64 {%d5, %d6}, [%r5]", 4, 4),
+        (16, "st.shared.v4.b32 [%r5], {%r0, %r0, %r0, %r0}", 4, 4),
+        (128, "ld.shared.v2.b64 {%d5, %d6}, [%r5]", 32, 4),
+        (0, f"st.shared.v2.b64 [%r5], {WIDE}", 4, 4),
+        (4, f"{COPY}, 4", 1, 1),
+        (128, f"{COPY}, 4", 32, 1),
+        (16, f"{COPY}, 8", 4, 2),
+        # Zeros are written, too.
+        (16, f"{COPY}, 8, 0", 4, 2),
+        (16, f"{MATRICES.format(count=4)} {{%r6, %r7, %r8, %r10}}, [%r5]", 4, 4),
+        (64, f"{MATRICES.format(count=4)} {{%r6, %r7, %r8, %r10}}, [%r5]", 16, 4),
+        (128, f"{MATRICES.format(count=2)} {{%r6, %r7}}, [%r5]", 16, 2),
+        (80, f"{MATRICES.format(count=1)} {{%r6}}, [%r5]", 1, 1),
+    ],
+)
+def test_conflicts_of_banks(distance, instruction, wavefronts, least):
+    """Of two blocks of two warps."""
+    body = f"{bytes_apart(distance)} {instruction};"
+    (access,) = accesses(body, warps=2, blocks=2, shared=9000)
+    assert access.opcode == instruction.split(" ")[0]
+    assert access[3:] == (4, 4 * wavefronts, 4 * least)
+    assert access.conflicts == 4 * (wavefronts - least)
+
+
+def test_rows_that_are_moved_about_have_no_conflicts():
+    """Where bits 4 and 5 of a row's addresses are changed by bits 1 and 2 of its number."""
+    body = f"""
+        {bytes_apart(64)}
+        bfe.u32 %r6, %r0, 1, 2;
+        shl.b32 %r6, %r6, 4;
+        xor.b32 %r5, %r5, %r6;
+        {MATRICES.format(count=4)} {{%r6, %r7, %r8, %r10}}, [%r5];
+    """
+    (access,) = accesses(body)
+    assert (access.wavefronts, access.least) == (4, 4)
+
+
+def test_lanes_that_are_not_active_have_no_conflicts():
+    """8 lanes of 32, by a guard and by a branch, and no lane at all."""
+    body = f"""
+        {bytes_apart(128)}
+        setp.lt.u32 %p1, %r0, 8;
+        setp.gt.u32 %p2, %r0, 99;
+        @%p1 ld.shared.b32 %r6, [%r5];
+        @%p1 st.shared.v2.b64 [%r5], {WIDE};
+        @%p1 {COPY}, 8;
+        @%p2 st.shared.b32 [%r5], %r0;
+        @%p1 bra $after;
+        ld.shared.b64 %d5, [%r5];
+    $after:
+    """
+    assert [x[3:] for x in accesses(body)] == [(1, 8, 1), (1, 8, 1), (1, 8, 1), (1, 24, 2)]
+
+
+def test_instructions_in_loops():
+    """Between a branch and the label before it that it goes to, as often as it is executed."""
+    body = """
+        ld.shared.b32 %r6, [%r9];
+        mov.b32 %r4, 3; /* Over
+        two lines. */
+    $outer:
+        .loc 1 7 3
+        ld.shared.b32 %r6, [%r9+4];
+        setp.eq.s32 %p1, %r4, 2;
+        @%p1 bra $over;
+        // A comment, and a blank line.
+
+        st.shared.b32
+            [%r9], %r4;
+    $over:
+        sub.s32 %r4, %r4, 1;
+        setp.ne.s32 %p2, %r4, 0;
+        @%p2 bra $outer;
+        st.shared.b32 [%r9], %r4; ld.shared.b16 %r6, [%r9];
+    """
+    found = accesses(body)
+    assert [(x.opcode[:4] + x.opcode[-3:], x.in_loop, x.accesses) for x in found] == [
+        ("ld.sb32", False, 1),
+        ("ld.sb32", True, 3),
+        ("st.sb32", True, 2),
+        ("st.sb32", False, 1),
+        ("ld.sb16", False, 1),
+    ]
+    first = found[0].line
+    assert [x.line - first for x in found] == [0, 5, 10, 16, 16]
+    assert first == HEAD.count("\n") + 5
 
 
 def test_scopes_have_registers_of_their_own():
@@ -495,6 +645,14 @@ INTEGER = {
     "mul.hi.u32 %r6, %r4, %r5": lambda a, b: a * b >> 32,
     "mul.hi.s32 %r6, %r4, %r5": lambda a, b: signed(a) * signed(b) >> 32,
     "mad.lo.s32 %r6, %r4, %r5, 9": lambda a, b: a * b + 9,
+    "mad.hi.u32 %r6, %r4, %r5, 9": lambda a, b: (a * b >> 32) + 9,
+    "mul.wide.u32 %d5, %r4, -5;\n shr.u64 %d5, %d5, 33;\n cvt.u32.u64 %r6, %d5": lambda a, b: (
+        a * (2**32 - 5) >> 33
+    ),
+    "mul.wide.s32 %d5, %r4, %r5;\n shr.s64 %d5, %d5, 17;\n cvt.u32.u64 %r6, %d5": lambda a, b: (
+        signed(a) * signed(b) >> 17
+    ),
+    "mul.wide.u16 %r6, %r4, %r5": lambda a, b: (a & 0xFFFF) * (b & 0xFFFF),
     "div.s32 %r6, %r4, %r5": lambda a, b: quotient(signed(a), signed(b)),
     "div.u32 %r6, %r4, %r5": quotient,
     "rem.s32 %r6, %r4, %r5": lambda a, b: (
@@ -696,6 +854,49 @@ def test_tf32_rounds_halves_away_from_zero():
     values = [1 + 2**-11, -1 - 2**-11, 1 + 2**-12]
     got = results_of("cvt.rna.tf32.f32 %r6, %r4", [(bits_of(x), 0) for x in values])
     assert list(map(as_float, got)) == [1 + 2**-10, -1 - 2**-10, 1]
+
+
+def test_tf32_of_no_number():
+    bits = [0xFFFFFFFF, 0x7FFFFFFF, 0x7F800001, 0x7F800000, 0x7F7FFFFF]
+    got = results_of("cvt.rna.tf32.f32 %r6, %r4", [(x, 0) for x in bits])
+    assert got == [0x7FFFFFFF] * 3 + [0x7F800000] * 2
+
+
+def multiplied(types, a, b, c):
+    """The first sum. Lane 0's first registers have elements of A's first row and of B's first
+    column; all others are zeros.
+    """
+    k = 8 if types == "tf32" else 16
+    body = f"""
+        setp.eq.u32 %p1, %r0, 0;
+        selp.b32 %r4, {a}, 0, %p1;
+        selp.b32 %r5, {b}, 0, %p1;
+        mov.b32 %r6, 0;
+        mov.b32 %r7, {bits_of(c)};
+        mma.sync.aligned.m16n8k{k}.row.col.f32.{types}.{types}.f32
+            {{%r8, %r9, %r10, %r11}}, {{%r4, %r6, %r6, %r6}}, {{%r5, %r6}}, {{%r7, %r6, %r6, %r6}};
+        cvt.u64.u32 %d5, %r8;
+        st.global.b64 [%d3], %d5;
+    """
+    return as_float(int(run(body, warps=1)[0, 0]))
+
+
+def test_sums_of_products_are_rounded_once():
+    def packed(low, high):
+        return bits_of(low) >> 16 | bits_of(high)
+
+    ones = packed(1, 1)
+    # In float32 2^24 + 1 is 2^24.
+    assert multiplied("bf16", ones, ones, 2**24) == 2**24 + 2
+    assert multiplied("bf16", packed(2**24, 1), ones, 1) == 2**24 + 2
+    assert multiplied("bf16", packed(2**24, 1), ones, -(2**24)) == 1
+    assert multiplied("bf16", packed(2**24, 1), packed(1, 0), 1) == 2**24
+
+
+def test_products_take_19_bits_of_tf32():
+    one = bits_of(1.0)
+    assert multiplied("tf32", one + 0x1FFF, one + 0x3FFF, 0.0) == 1 + 2**-10
+    assert multiplied("tf32", one + 0x2000, one + 0x2000, 0.0) == (1 + 2**-10) ** 2
 
 
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])

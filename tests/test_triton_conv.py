@@ -21,7 +21,7 @@ from fastgan.ops.activation import ACTIVATIONS
 
 pytestmark = [
     needs_triton,
-    pytest.mark.usefixtures("honest_triton", "nan_outputs", "fp32_precision"),
+    pytest.mark.usefixtures("honest_triton", "nan_outputs"),
 ]
 if not triton.missing_reasons():
     from fastgan.kernels import bn_act

@@ -353,7 +353,7 @@ def test_auto_runs_the_backend_that_measures_fastest(gpu_backends, timed, call, 
 
 @needs_triton
 @needs_cuda
-@pytest.mark.parametrize("way", ["direct", "torch", "16x16x16 warps 4 stages 4"])
+@pytest.mark.parametrize("way", ["direct", "64x64", "torch", "16x16x16 warps 4 stages 4"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_auto_convolves_the_way_that_measures_fastest(gpu_backends, timed, way, transposed):
     """Whose statistics another may write in other tiles."""
@@ -378,7 +378,7 @@ def test_auto_measures_the_interpreter_the_cuda_kernels_and_torch(gpu_backends, 
     times = json.loads(tuning_file().read_text())
     (problem,) = times
     assert problem.startswith("dgrad n2 low 20x3x3 high 3x6x6")
-    assert {"direct", "torch"} < times[problem].keys() and len(times[problem]) == 3
+    assert {"direct", "64x64", "torch"} < times[problem].keys() and len(times[problem]) == 4
     # What is fastest is kept for the next time.
     before = tuning_file().read_bytes()
     conv(x, weight, stride=2, padding=1, transposed=True)

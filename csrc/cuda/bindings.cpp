@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
+
 #include "arrays.h"
 #include "kernels.h"
 
@@ -11,57 +14,98 @@ using namespace fastgan;
 
 namespace {
 
-// The launches of one kind of convolution, and what they need.
-struct Convolution {
-  const char *fprop_name, *dgrad_name, *wgrad_name;
-  bool thin;
-  int (*fprop_stats_tiles)(ConvShape, int);
-  int (*dgrad_stats_tiles)(ConvShape, int);
-  int (*wgrad_parts)(ConvShape, int);
-  decltype(&thin_fprop) fprop;
-  decltype(&thin_dgrad) dgrad;
-  decltype(&thin_wgrad) wgrad;
+void check_thin(const Call& call, const ConvShape& s) {
+  const bool thin = s.ch <= kMostThinChannels && s.kernel_h == 4 && s.kernel_w == 4 &&
+                    s.stride == 2 && s.padding == 1 && s.high_h == 2 * s.h && s.high_w == 2 * s.w;
+  call.require(thin, "a thin high side is twice as high and wide as the low side, has at most " +
+                         std::to_string(kMostThinChannels) +
+                         " channels and a kernel of 4x4 with stride 2 and padding 1: not " +
+                         std::to_string(s.ch) + " channels, " + std::to_string(s.kernel_h) + "x" +
+                         std::to_string(s.kernel_w) + ", " + std::to_string(s.stride) + ", " +
+                         std::to_string(s.padding));
+}
+
+void check_dots(const Call& call, const ConvShape& s) {
+  const bool dots = s.cl <= kMostDots && s.h == 1 && s.w == 1 && s.padding == 0 &&
+                    s.kernel_h == s.high_h && s.kernel_w == s.high_w;
+  call.require(dots, "dot products make a low side of 1x1 with at most " +
+                         std::to_string(kMostDots) +
+                         " channels, without padding by a kernel of the high side's size: not " +
+                         std::to_string(s.h) + "x" + std::to_string(s.w) + " with " +
+                         std::to_string(s.cl) + " channels");
+}
+
+void check_product(const Call& call, const ConvShape& s) {
+  call.require(s.kernel_h <= kMostTaps && s.kernel_w <= kMostTaps,
+               "kernel " + std::to_string(s.kernel_h) + "x" + std::to_string(s.kernel_w) +
+                   ": products take sides to " + std::to_string(kMostTaps));
+}
+
+// How a product on tensor cores is made.
+struct Product {
+  MmaSides sides;
+  bool tf32;
 };
 
-constexpr Convolution kThin = {"thin_fprop",           "thin_dgrad",           "thin_wgrad", true,
-                               thin_fprop_stats_tiles, thin_dgrad_stats_tiles, thin_wgrad_parts,
-                               thin_fprop,             thin_dgrad,             thin_wgrad};
-constexpr Convolution kProjection = {"projection_fprop",
-                                     "projection_dgrad",
-                                     "projection_wgrad",
-                                     false,
-                                     projection_fprop_stats_tiles,
-                                     projection_dgrad_stats_tiles,
-                                     projection_wgrad_parts,
-                                     projection_fprop,
-                                     projection_dgrad,
-                                     projection_wgrad};
+// The kernels of fprop and dgrad, and what they need.
+struct Forward {
+  const char* name;
+  bool transposed;
+  void (*check)(const Call&, const ConvShape&);
+  int (*stats_tiles)(ConvShape, int);
+  void (*run)(Queue, ConvShape, Dtype, Product, const void*, const void*, ConvEpilogue, void*);
+};
+
+template <auto kRun>
+void product(Queue queue, ConvShape s, Dtype dtype, Product how, const void* x, const void* weight,
+             ConvEpilogue end, void* y) {
+  kRun(queue, s, dtype, how.sides, how.tf32, x, weight, end, y);
+}
+
+template <auto kRun>
+void direct(Queue queue, ConvShape s, Dtype dtype, Product, const void* x, const void* weight,
+            ConvEpilogue end, void* y) {
+  kRun(queue, s, dtype, x, weight, end, y);
+}
+
+int no_tiles(ConvShape, int) { return 0; }
+
+constexpr Forward kForward[] = {
+    {"conv_fprop", false, check_product, conv_fprop_stats_tiles, product<conv_fprop>},
+    {"conv_dgrad", true, check_product, conv_dgrad_stats_tiles, product<conv_dgrad>},
+    {"thin_dgrad", true, check_thin, thin_dgrad_stats_tiles, direct<thin_dgrad>},
+    {"dot_fprop", false, check_dots, no_tiles, direct<dot_fprop>},
+};
 
 struct Sides {
   ConvShape shape;
   void *low, *high, *weight;
 };
 
-Sides sides(Call& call, bool thin, const Array& low, const Array& high, const Array& weight) {
+Sides sides(Call& call, int stride, int padding, const Array& low, const Array& high,
+            const Array& weight) {
   Sides s{};
   s.low = call.images("low", low);
   s.high = call.images("high", high);
-  s.shape = {int(low.shape[0]),  int(low.shape[2]),  int(low.shape[3]), int(low.shape[1]),
-             int(high.shape[1]), int(high.shape[2]), int(high.shape[3])};
+  call.require(weight.shape.size() == 4, "weight " + text(weight.shape) + " is not [Cl, Ch, H, W]");
+  s.shape = {int(low.shape[0]),    int(low.shape[2]),  int(low.shape[3]),    int(low.shape[1]),
+             int(high.shape[1]),   int(high.shape[2]), int(high.shape[3]),   int(weight.shape[2]),
+             int(weight.shape[3]), stride,             padding};
   const ConvShape& p = s.shape;
   const std::string both = "low " + text(low.shape) + " and high " + text(high.shape);
   call.require(high.shape[0] == p.n, both + " are of different batches");
-  if (thin) {
-    call.require(p.ch <= kMostThinChannels,
-                 both + ": a thin high side has at most " + std::to_string(kMostThinChannels) +
-                     " channels");
-    call.require(p.high_h == 2 * p.h && p.high_w == 2 * p.w,
-                 both + ": a thin high side is twice as high and wide as the low side");
-    s.weight = call.images("weight", weight, {p.cl, p.ch, 4, 4});
-  } else {
-    call.require(p.h == 1 && p.w == 1, both + ": a projection's low side is 1x1");
-    s.weight = call.images("weight", weight, {p.cl, p.ch, p.high_h, p.high_w});
-  }
+  call.require(stride >= 1 && padding >= 0, "stride " + std::to_string(stride) + ", padding " +
+                                                std::to_string(padding) +
+                                                ": at least 1, and at least 0");
+  s.weight = call.images("weight", weight, {p.cl, p.ch, p.kernel_h, p.kernel_w});
+  const auto fits = [&](int side, int high_side, int kernel) {
+    const int windows = high_side + 2 * padding - kernel;
+    return windows >= 0 && windows / stride + 1 == side;
+  };
+  call.require(fits(p.h, p.high_h, p.kernel_h) && fits(p.w, p.high_w, p.kernel_w),
+               both + " are not the sides of a convolution by a weight " + text(weight.shape) +
+                   " with stride " + std::to_string(stride) + " and padding " +
+                   std::to_string(padding));
   return s;
 }
 
@@ -71,33 +115,71 @@ void check_groups(const Call& call, int groups, int64_t n) {
                    std::to_string(n));
 }
 
-// fprop, or dgrad where `transposed`.
-auto conv_forward(const Convolution& c, bool transposed) {
-  return [c, transposed](int groups, const Array& x, const Array& weight, const Array* bias,
-                         int activation, float negative_slope, const Array& y, const Array* stats,
-                         uintptr_t stream) {
-    Call call(transposed ? c.dgrad_name : c.fprop_name);
-    const Sides s =
-        transposed ? sides(call, c.thin, x, y, weight) : sides(call, c.thin, y, x, weight);
+// Rows and columns of a tile, and whether float32 is multiplied in one pass; None for the kernels
+// that have no such choice.
+using Choice = std::optional<std::tuple<int, int, bool>>;
+
+Product product_of(const Call& call, const Choice& choice, bool needed) {
+  call.require(choice.has_value() == needed,
+               needed ? "product None should be (rows, columns, tf32)"
+                      : "product should be None: there is one way");
+  if (!choice) return {};
+  const auto [rows, columns, tf32] = *choice;
+  call.require((rows == 128 && (columns == 128 || columns == 64)) || (rows == 64 && columns == 64),
+               "product " + std::to_string(rows) + "x" + std::to_string(columns) +
+                   ": there are 128x128, 128x64 and 64x64");
+  return {{rows, columns}, tf32};
+}
+
+auto conv_forward(const Forward& c) {
+  return [c](int stride, int padding, const Choice& choice, int groups, const Array& x,
+             const Array& weight, const Array* bias, int activation, float negative_slope,
+             const Array& y, const Array* stats, uintptr_t stream) {
+    Call call(c.name);
+    const Product product = product_of(call, choice, c.check == check_product);
+    const Sides s = c.transposed ? sides(call, stride, padding, x, y, weight)
+                                 : sides(call, stride, padding, y, x, weight);
+    c.check(call, s.shape);
     check_groups(call, groups, s.shape.n);
-    const int channels = transposed ? s.shape.ch : s.shape.cl;
+    const int channels = c.transposed ? s.shape.ch : s.shape.cl;
     ConvEpilogue end{call.per_channel("bias", bias, channels), call.act(activation, negative_slope),
                      nullptr, groups};
-    const int tiles = (transposed ? c.dgrad_stats_tiles : c.fprop_stats_tiles)(s.shape, groups);
+    const int tiles = c.stats_tiles(s.shape, groups);
     if (stats) end.stats = call.floats("stats", *stats, {tiles, 3, channels});
-    const Queue queue = call.on(stream);
-    if (transposed)
-      c.dgrad(queue, s.shape, call.dtype(), s.low, s.weight, end, s.high);
-    else
-      c.fprop(queue, s.shape, call.dtype(), s.high, s.weight, end, s.low);
+    c.run(call.on(stream), s.shape, call.dtype(), product, c.transposed ? s.low : s.high, s.weight,
+          end, c.transposed ? s.high : s.low);
   };
 }
 
-auto conv_wgrad(const Convolution& c) {
-  return [c](const Array& low, const Array& high, const Array& dweight, const Array* sums,
-             uintptr_t stream) {
-    Call call(c.wgrad_name);
-    const Sides s = sides(call, c.thin, low, high, dweight);
+// What depends on a convolution's sizes alone: low [n, cl, h, w], the high side's others, and how
+// they are tied.
+template <class... Others>
+auto of_sizes(int (*count)(ConvShape, Others...)) {
+  return [count](int n, int cl, int h, int w, int ch, int high_h, int high_w, int kernel_h,
+                 int kernel_w, int stride, int padding, Others... others) {
+    return count({n, h, w, cl, ch, high_h, high_w, kernel_h, kernel_w, stride, padding}, others...);
+  };
+}
+
+// Of a weight gradient by tiles of rows x columns.
+int wgrad_parts(ConvShape s, int rows, int columns, int multiprocessors) {
+  return conv_wgrad_parts(s, {rows, columns}, multiprocessors);
+}
+
+void bind_conv(py::module_& m) {
+  m.attr("MOST_TAPS") = kMostTaps;
+  for (const Forward& c : kForward) {
+    m.def(c.name, conv_forward(c));
+    m.def((std::string(c.name) + "_stats_tiles").c_str(), of_sizes(c.stats_tiles));
+  }
+  m.def("conv_wgrad_parts", of_sizes(wgrad_parts));
+  m.def("conv_wgrad", [](int stride, int padding, const Choice& choice, const Array& low,
+                         const Array& high, const Array& dweight, const Array* sums,
+                         uintptr_t stream) {
+    Call call("conv_wgrad");
+    const Product product = product_of(call, choice, true);
+    const Sides s = sides(call, stride, padding, low, high, dweight);
+    check_product(call, s.shape);
     int parts = 1;
     float* shares = nullptr;
     if (sums) {
@@ -105,25 +187,9 @@ auto conv_wgrad(const Convolution& c) {
       parts = int(sums->shape[0]);
       shares = call.floats("sums", *sums, {parts, count_of(dweight.shape)});
     }
-    c.wgrad(call.on(stream), s.shape, call.dtype(), s.low, s.high, parts, shares, s.weight);
-  };
-}
-
-// What depends on a convolution's sizes alone: low [n, cl, h, w] and the high side's others.
-auto of_sizes(int (*count)(ConvShape, int)) {
-  return [count](int n, int cl, int h, int w, int ch, int high_h, int high_w, int other) {
-    return count({n, h, w, cl, ch, high_h, high_w}, other);
-  };
-}
-
-void bind(py::module_& m, const Convolution& c) {
-  const std::string fprop = c.fprop_name, dgrad = c.dgrad_name, wgrad = c.wgrad_name;
-  m.def((fprop + "_stats_tiles").c_str(), of_sizes(c.fprop_stats_tiles));
-  m.def((dgrad + "_stats_tiles").c_str(), of_sizes(c.dgrad_stats_tiles));
-  m.def((wgrad + "_parts").c_str(), of_sizes(c.wgrad_parts));
-  m.def(c.fprop_name, conv_forward(c, false));
-  m.def(c.dgrad_name, conv_forward(c, true));
-  m.def(c.wgrad_name, conv_wgrad(c));
+    conv_wgrad(call.on(stream), s.shape, call.dtype(), product.sides, product.tf32, s.low, s.high,
+               parts, shares, s.weight);
+  });
 }
 
 BatchNormShape batch_norm_shape(const Call& call, const Array& x, int groups) {
@@ -297,8 +363,7 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("address"), py::arg("dtype"), py::arg("device"), py::arg("shape"),
            py::arg("strides"));
 
-  bind(m, kThin);
-  bind(m, kProjection);
+  bind_conv(m);
   bind_bn_act(m);
   bind_gan_loss(m);
   bind_augment(m);

@@ -1,131 +1,21 @@
-// 4x4 with stride 2 and padding 1 where the high side has 1 to 4 channels: the image's end of a
-// generator or a discriminator.
-//
-// fprop and wgrad are products over taps and channels together. dgrad's columns are too few for
-// one: a thread makes the 4x4 pixels of the high side that belong to 2x2 of the low side, which
-// share 4x4 of their neighbourhood.
+// dgrad of 4x4 with stride 2 and padding 1 where the high side has 1 to 4 channels, the image's end
+// of a generator: too few columns for a product. A thread makes the 4x4 pixels of the high side
+// that belong to 2x2 of the low side, which share 4x4 of their neighbourhood.
 #include <algorithm>
 #include <numeric>
 
-#include "product.cuh"
+#include "moments.cuh"
 
 namespace fastgan {
 namespace {
 
 constexpr int kTaps = 16;
-// Of wgrad's sum, what a part has at least: a part of less is mostly the writing of its share.
-constexpr int kLeastDepth = 256;
-
-// Where on the high side a pixel of the low side begins to read, or a tap reads from there.
-struct alignas(16) From {
-  int offset, y, x, real;
-};
-
-__device__ __forceinline__ From from_pixel(ConvShape s, int pixel, int end) {
-  const int image = pixel / (s.h * s.w);
-  const int y = 2 * (pixel / s.w % s.h) - 1, x = 2 * (pixel % s.w) - 1;
-  return {((image * s.high_h + y) * s.high_w + x) * s.ch, y, x, pixel < end};
-}
-
-__device__ __forceinline__ From from_tap(ConvShape s, int flat) {
-  const int y = flat / s.ch / 4, x = flat / s.ch % 4;
-  return {(y * s.high_w + x) * s.ch + flat % s.ch, y, x, flat < kTaps * s.ch};
-}
-
-// The pixels and the taps that a tile needs lie behind its operands in shared memory.
-template <class Tile>
-__device__ __forceinline__ From* tables() {
-  return reinterpret_cast<From*>(shared_floats() + Tile::kShared);
-}
-
-template <class T>
-__device__ __forceinline__ float read(const T* high, ConvShape s, const From& pixel,
-                                      const From& tap) {
-  const bool inside = unsigned(pixel.y + tap.y) < unsigned(s.high_h) &&
-                      unsigned(pixel.x + tap.x) < unsigned(s.high_w) && pixel.real && tap.real;
-  return inside ? to_float(high[pixel.offset + tap.offset]) : 0.0f;
-}
-
-// fprop's A: rows are pixels of the low side, k are taps and channels of the high side.
-template <class T>
-struct Windows {
-  static constexpr bool kAlongDepth = true;
-  const T* high;
-  ConvShape s;
-  const From *pixels, *taps;
-  __device__ void prepare(int) {}
-  __device__ __forceinline__ float operator()(int i, int k) const {
-    return read(high, s, pixels[i], taps[k]);
-  }
-};
-
-// wgrad's B: columns are taps and channels of the high side, k are pixels of the low side.
-template <class T>
-struct Taps {
-  static constexpr bool kAlongDepth = false;
-  const T* high;
-  ConvShape s;
-  From* pixels;
-  const From* taps;
-  int end;
-  __device__ void prepare(int k) {
-    for (int i = threadIdx.x; i < kPrepared; i += blockDim.x)
-      pixels[i] = from_pixel(s, k + i, end);
-  }
-  __device__ __forceinline__ float operator()(int i, int k) const {
-    return read(high, s, pixels[k % kPrepared], taps[i]);
-  }
-};
-
-constexpr int kMostTapChannels = kTaps * kMostThinChannels;
-static_assert(kMostTapChannels <= Square::kColumns, "wgrad has one tile of columns");
-
-constexpr size_t shared_bytes(int pixels) {
-  return sizeof(float) * Square::kShared + sizeof(From) * (pixels + kMostTapChannels);
-}
-
-// One block a multiprocessor, or the compiler would spill registers to have more of them.
-template <class T, int N>
-__global__ __launch_bounds__(Square::kThreads, 1) void thin_fprop_kernel(const T* high,
-                                                                      const T* weight, T* low,
-                                                                      Output out, ConvShape s) {
-  const Rows rows = rows_of<Square>(out);
-  const int first = first_column<Square>(out), k = kTaps * s.ch;
-  From* const pixels = tables<Square>();
-  From* const taps = pixels + Square::kRows;
-  for (int i = threadIdx.x; i < Square::kRows; i += Square::kThreads)
-    pixels[i] = from_pixel(s, rows.first + i, rows.first + rows.count);
-  for (int i = threadIdx.x; i < k; i += Square::kThreads) taps[i] = from_tap(s, i);
-  // The barrier before the first product is this one too.
-  float sums[Square::kThreadRows][Square::kThreadColumns];
-  multiply<Square>(Windows<T>{high, s, pixels, taps},
-                   Dense<T, true>{weight + int64_t(first) * k, out.columns - first, k}, 0, k, sums);
-  finish<Square, N>(sums, out, low);
-}
-
-template <class T>
-__global__ __launch_bounds__(Square::kThreads) void thin_wgrad_kernel(const T* low, const T* high,
-                                                                      float* shares, T* dweight,
-                                                                      ConvShape s, int parts) {
-  const int row = blockIdx.x * Square::kRows, part = blockIdx.y, rows = s.n * s.h * s.w;
-  const int run = ceil_div(ceil_div(rows, parts), kPrepared) * kPrepared, begin = part * run;
-  const int end = min(begin + run, rows);
-  From* const pixels = tables<Square>();
-  From* const taps = pixels + kPrepared;
-  for (int i = threadIdx.x; i < kMostTapChannels; i += Square::kThreads) taps[i] = from_tap(s, i);
-  float sums[Square::kThreadRows][Square::kThreadColumns];
-  multiply<Square>(Dense<T, false>{low + row, s.cl - row, s.cl},
-                   Taps<T>{high, s, pixels, taps, end}, begin, end, sums);
-  // Rows of 16 taps are a multiple of any vector.
-  finish_part<Square, kWidest<T>>(sums, s.cl, kTaps * s.ch, part, parts, shares, dweight);
-}
-
-// dgrad: a block makes 32x32 pixels of the high side from 16x16 of the low side and one more around
-// them, 16 channels of it at a time.
+// A block makes 32x32 pixels of the high side from 16x16 of the low side and one more around them,
+// 16 channels of it at a time.
 constexpr int kSide = 16;
 constexpr int kHalo = kSide + 2;
 constexpr int kThreadSide = kSide / 2;
-constexpr int kDgradThreads = kThreadSide * kThreadSide;
+constexpr int kThreads = kThreadSide * kThreadSide;
 constexpr int kDepth = 16;
 // So that the two rows that half a warp reads, and a channel's vectors as they are written, fall
 // into different banks.
@@ -137,14 +27,14 @@ template <int CH>
 constexpr int kPadded = CH == 3 ? 4 : CH;
 
 template <int CH>
-constexpr int kDgradShared =
+constexpr int kShared =
     std::max(kDepth * (kPlane + kTaps * kPadded<CH>), kHighSide * kHighSide * CH);
 
 template <class T, int CH, int N>
-__global__ __launch_bounds__(kDgradThreads, 1) void thin_dgrad_kernel(const T* low, const T* weight,
-                                                                   T* high, ConvShape s,
-                                                                   ConvEpilogue end, int tiles_y,
-                                                                   int tiles_x) {
+__global__ __launch_bounds__(kThreads, 1) void thin_dgrad_kernel(const T* low, const T* weight,
+                                                                 T* high, ConvShape s,
+                                                                 ConvEpilogue end, int tiles_y,
+                                                                 int tiles_x) {
   const int image = blockIdx.x / (tiles_y * tiles_x);
   const int i0 = blockIdx.x / tiles_x % tiles_y * kSide, j0 = blockIdx.x % tiles_x * kSide;
   const int ty = threadIdx.x / kThreadSide * 2, tx = threadIdx.x % kThreadSide * 2;
@@ -155,7 +45,7 @@ __global__ __launch_bounds__(kDgradThreads, 1) void thin_dgrad_kernel(const T* l
   float sums[2][2][4][CH] = {};
   for (int first = 0; first < s.cl; first += kDepth) {
     constexpr int kVectors = kDepth / N;
-    for (int e = threadIdx.x; e < kHalo * kHalo * kVectors; e += kDgradThreads) {
+    for (int e = threadIdx.x; e < kHalo * kHalo * kVectors; e += kThreads) {
       const int a = e % kVectors * N, x = e / kVectors % kHalo, y = e / kVectors / kHalo;
       const int i = i0 + y - 1, j = j0 + x - 1;
       const bool inside = unsigned(i) < unsigned(s.h) && unsigned(j) < unsigned(s.w);
@@ -166,7 +56,7 @@ __global__ __launch_bounds__(kDgradThreads, 1) void thin_dgrad_kernel(const T* l
       for (int v = 0; v < N; ++v)
         lows[(a + v) * kPlane + y * kPitch + x] = to_float(values.at[v]);
     }
-    for (int e = threadIdx.x; e < kDepth * kTaps * CH; e += kDgradThreads) {
+    for (int e = threadIdx.x; e < kDepth * kTaps * CH; e += kThreads) {
       const int a = e / (kTaps * CH);
       weights[e / CH * kPad + e % CH] =
           first + a < s.cl ? to_float(weight[int64_t(first) * kTaps * CH + e]) : 0.0f;
@@ -217,7 +107,7 @@ __global__ __launch_bounds__(kDgradThreads, 1) void thin_dgrad_kernel(const T* l
   }
   __syncthreads();
 #pragma unroll 1
-  for (int e = threadIdx.x * N; e < kHighSide * kHighSide * CH; e += kDgradThreads * N) {
+  for (int e = threadIdx.x * N; e < kHighSide * kHighSide * CH; e += kThreads * N) {
     const int y = e / (kHighSide * CH), x = e % (kHighSide * CH);
     if (y >= height || x >= width * CH) continue;
     const Vector<T, N> out = activated<T, N>(end.act, tile + e);
@@ -230,18 +120,18 @@ __global__ __launch_bounds__(kDgradThreads, 1) void thin_dgrad_kernel(const T* l
   for (int b = 0; b < CH; ++b) {
     float* const parts = tile + kHighSide * kHighSide * CH;
     Moments own;
-    for (int p = threadIdx.x; p < count; p += kDgradThreads) {
+    for (int p = threadIdx.x; p < count; p += kThreads) {
       const float value = tile[(p / width * kHighSide + p % width) * CH + b];
       own = merge(own, {1.0f, value, 0.0f});
     }
     own = merge_lanes(own, 1);
     if (threadIdx.x % kWarp == 0)
-      store_moments(parts, kDgradThreads / kWarp, threadIdx.x / kWarp, own);
+      store_moments(parts, kThreads / kWarp, threadIdx.x / kWarp, own);
     __syncthreads();
     if (threadIdx.x == 0) {
       Moments all;
-      for (int warp = 0; warp < kDgradThreads / kWarp; ++warp)
-        all = merge(all, load_moments(parts, kDgradThreads / kWarp, warp));
+      for (int warp = 0; warp < kThreads / kWarp; ++warp)
+        all = merge(all, load_moments(parts, kThreads / kWarp, warp));
       store_moments(end.stats + int64_t(blockIdx.x) * 3 * CH, CH, b, all);
     }
     __syncthreads();
@@ -265,33 +155,8 @@ void with_channels(int ch, F f) {
 
 }  // namespace
 
-int thin_fprop_stats_tiles(ConvShape s, int groups) {
-  return groups * ceil_div(s.n / groups * s.h * s.w, Square::kRows);
-}
-
 int thin_dgrad_stats_tiles(ConvShape s, int) {
   return s.n * ceil_div(s.h, kSide) * ceil_div(s.w, kSide);
-}
-
-int thin_wgrad_parts(ConvShape s, int multiprocessors) {
-  const int rows = s.n * s.h * s.w;
-  const int parts =
-      parts_of(rows, ceil_div(s.cl, Square::kRows), multiprocessors, kLeastDepth);
-  // Of whole runs of prepared pixels, none of them empty.
-  return ceil_div(rows, ceil_div(ceil_div(rows, parts), kPrepared) * kPrepared);
-}
-
-void thin_fprop(Queue queue, ConvShape s, Dtype dtype, const void* high, const void* weight,
-                ConvEpilogue end, void* low) {
-  const int rows = s.n / end.groups * s.h * s.w;
-  const Output out{rows, ceil_div(rows, Square::kRows), s.cl, s.cl, end};
-  with_vectors(dtype, s.cl, [&](auto* null, auto vector) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    launch(queue, "thin_fprop", thin_fprop_kernel<T, decltype(vector)::value>,
-           output_grid<Square>(out, end.groups), Square::kThreads, shared_bytes(Square::kRows),
-           static_cast<const T*>(high), static_cast<const T*>(weight), static_cast<T*>(low), out,
-           s);
-  });
 }
 
 void thin_dgrad(Queue queue, ConvShape s, Dtype dtype, const void* low, const void* weight,
@@ -304,23 +169,11 @@ void thin_dgrad(Queue queue, ConvShape s, Dtype dtype, const void* low, const vo
     with_channels(s.ch, [&](auto channels) {
       constexpr int CH = decltype(channels)::value;
       launch(queue, "thin_dgrad", thin_dgrad_kernel<T, CH, N>, dim3(s.n * tiles_y * tiles_x),
-             kDgradThreads, sizeof(float) * (kDgradShared<CH> + 3 * kDgradThreads / kWarp),
+             kThreads, sizeof(float) * (kShared<CH> + 3 * kThreads / kWarp),
              static_cast<const T*>(low), static_cast<const T*>(weight), static_cast<T*>(high), s,
              end, tiles_y, tiles_x);
     });
   });
-}
-
-void thin_wgrad(Queue queue, ConvShape s, Dtype dtype, const void* low, const void* high, int parts,
-                float* sums, void* dweight) {
-  with_type(dtype, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    launch(queue, "thin_wgrad", thin_wgrad_kernel<T>,
-           dim3(ceil_div(s.cl, Square::kRows), parts), Square::kThreads, shared_bytes(kPrepared),
-           static_cast<const T*>(low), static_cast<const T*>(high), sums, static_cast<T*>(dweight),
-           s, parts);
-  });
-  if (parts > 1) add_parts(queue, sums, parts, s.cl * kTaps * s.ch, dtype, dweight);
 }
 
 }  // namespace fastgan

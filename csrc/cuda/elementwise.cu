@@ -1,7 +1,5 @@
 // What goes over memory once: the gradient through an activation, and the sum of wgrad's parts.
-#include <algorithm>
-
-#include "product.cuh"
+#include "parts.cuh"
 
 namespace fastgan {
 namespace {

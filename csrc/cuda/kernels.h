@@ -79,7 +79,7 @@ void augment_forward(Queue, int n, int h, int w, int c, const uint8_t* images, c
 // The sides of a convolution: low [n, h, w, cl], high [n, high_h, high_w, ch]; the weight lies in
 // memory as [cl, kernel_h, kernel_w, ch].
 struct ConvShape {
-  int n, h, w, cl, ch, high_h, high_w;
+  int n, h, w, cl, ch, high_h, high_w, kernel_h, kernel_w, stride, padding;
 };
 
 // What follows a convolution in the same kernel. `stats` may be null; no tile crosses from one of
@@ -91,31 +91,38 @@ struct ConvEpilogue {
   int groups;
 };
 
-// Thin: 4x4 with stride 2 and padding 1, where high is 2h x 2w and has few channels.
-constexpr int kMostThinChannels = 4;
-// Projection: h = w = 1 and a kernel as large as the high side, without padding.
+// Of any size, on tensor cores, by tiles of `sides`: 128x128, 128x64 or 64x64; by the last of them
+// where the channels of a side are no multiple of 16 bytes. float32 is multiplied as TF32, where
+// not `tf32` in three passes, which have nearly the rounding of float32.
+struct MmaSides {
+  int rows, columns;
+};
+// Along each side of a kernel.
+constexpr int kMostTaps = 16;
 //
-// stats_tiles: 0 where the kernel has no statistics. wgrad's sum over pixels or images is cut into
-// parts, so that a device of so many multiprocessors is busy; sums: [parts, size of the weight] of
-// scratch, unused where there is one part.
-int thin_fprop_stats_tiles(ConvShape, int groups);
+// stats_tiles: of a batch in so many groups. wgrad's sum over pixels is cut into parts, so that a
+// device of so many multiprocessors is busy; sums: [parts, size of the weight] of scratch, unused
+// where there is one part.
+int conv_fprop_stats_tiles(ConvShape, int groups);
+int conv_dgrad_stats_tiles(ConvShape, int groups);
+int conv_wgrad_parts(ConvShape, MmaSides, int multiprocessors);
+void conv_fprop(Queue, ConvShape, Dtype, MmaSides, bool tf32, const void* high, const void* weight,
+                ConvEpilogue, void* low);
+void conv_dgrad(Queue, ConvShape, Dtype, MmaSides, bool tf32, const void* low, const void* weight,
+                ConvEpilogue, void* high);
+void conv_wgrad(Queue, ConvShape, Dtype, MmaSides, bool tf32, const void* low, const void* high,
+                int parts, float* sums, void* dweight);
+
+// Where few columns make a product not worth it. Thin: 4x4 with stride 2 and padding 1, where high
+// is 2h x 2w and has few channels. Dots: h = w = 1 with few channels and a kernel as large as the
+// high side, without padding; they have no statistics.
+constexpr int kMostThinChannels = 4;
 int thin_dgrad_stats_tiles(ConvShape, int groups);
-int thin_wgrad_parts(ConvShape, int multiprocessors);
-void thin_fprop(Queue, ConvShape, Dtype, const void* high, const void* weight, ConvEpilogue,
-                void* low);
 void thin_dgrad(Queue, ConvShape, Dtype, const void* low, const void* weight, ConvEpilogue,
                 void* high);
-void thin_wgrad(Queue, ConvShape, Dtype, const void* low, const void* high, int parts, float* sums,
-                void* dweight);
-int projection_fprop_stats_tiles(ConvShape, int groups);
-int projection_dgrad_stats_tiles(ConvShape, int groups);
-int projection_wgrad_parts(ConvShape, int multiprocessors);
-void projection_fprop(Queue, ConvShape, Dtype, const void* high, const void* weight, ConvEpilogue,
-                      void* low);
-void projection_dgrad(Queue, ConvShape, Dtype, const void* low, const void* weight, ConvEpilogue,
-                      void* high);
-void projection_wgrad(Queue, ConvShape, Dtype, const void* low, const void* high, int parts,
-                      float* sums, void* dweight);
+constexpr int kMostDots = 4;
+void dot_fprop(Queue, ConvShape, Dtype, const void* high, const void* weight, ConvEpilogue,
+               void* low);
 
 // dx = dy * act'(z) from y = act(z), of `count` elements.
 void act_backward(Queue, int64_t count, Dtype, const void* dy, const void* y, Act, void* dx);

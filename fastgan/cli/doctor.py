@@ -103,7 +103,7 @@ def _print_kernels() -> None:
 
     if not cuda.missing_reasons():
         where = "compiled for the CPU" if cuda.on_host() else f"in {cuda.kernels().__file__}"
-        print(f"CUDA kernels: {where}; convolutions at the ends of the networks")
+        print(f"CUDA kernels: {where}; convolutions of any size, kernels to 16x16")
     if not triton.missing_reasons():
         where = "interpreted on the CPU" if triton.interpreted() else "compiled when first used"
         print(f"Triton kernels: {where}; convolutions of any size")

@@ -15,8 +15,8 @@ The C++ kernels have the shapes that GANs are made of: 4x4 with stride 2 and pad
 Winograd's minimal filtering F(m, 2) (Winograd 1980; Lavin & Gray 2016,
 https://arxiv.org/abs/1509.09308) or, where the high side has 1 to 4 channels, directly; and a low
 side of 1x1, where it is a matrix product. Other shapes are torch's. The Triton kernels are implicit
-matrix products of any shape; the CUDA kernels have the two ends of a network, where one side has 1
-to 4 channels or is 1x1.
+matrix products of any shape, as the CUDA kernels are, which have others too for the two ends of a
+network, where a side has 1 to 4 channels.
 """
 
 from __future__ import annotations
@@ -46,6 +46,19 @@ from fastgan.ops.backend import (
 # The tile on the low side of each way by Winograd; 0 is the direct kernel.
 _TILES = {"winograd4": 4, "winograd3": 3, "winograd2": 2, "thin": 0}
 _MOST_THIN_CHANNELS = 4
+
+# The ways of the CUDA kernels: direct ones where one side has few channels, and tiles of products.
+_DIRECT = "direct"
+# Channels of a low side of 1x1 that are dot products.
+_MOST_DOTS = 4
+_PRODUCTS = {"128x128": (128, 128), "128x64": (128, 64), "64x64": (64, 64)}
+_SMALLEST = "64x64"
+# Along each side of a kernel that they take.
+_MOST_TAPS = 16
+# From so many rows on, statistics are of 128 each, where csrc/cuda/conv.cuh has tiles of as many.
+_MANY_ROWS = 32768
+# From so many outputs on there are large tiles enough to occupy a GPU.
+_MANY_OUTPUTS = 128 * 128 * 128
 
 
 def conv_reference(
@@ -183,6 +196,8 @@ class _Kernels:
         """The fastest way of our own, and of torch's too where ``backend`` is auto."""
         p, own = self.problem, self.ways(direction)
         sizes = f"n{p.n} low {p.cl}x{p.h}x{p.w} high {p.ch}x{p.high_h}x{p.high_w}"
+        if not (p.doubles() or p.projection()):
+            sizes += f" kernel {p.kh}x{p.kw} stride {p.stride} padding {p.padding}"
         ways = (*own, "torch")
         return tuning.fastest(
             f"{direction} {sizes} groups {p.groups} {self._key()}",
@@ -411,28 +426,28 @@ def _tiles_of(product: Any, direction: str) -> dict[str, Any]:
 
 
 class _Cuda(_OnGpu):
-    """The CUDA kernels: the image's end of a network, and projections; the one way is direct."""
+    """The CUDA kernels; a way is a tile of the product on tensor cores, or the direct kernel."""
 
     def ways(self, direction: str) -> tuple[str, ...]:
-        return ("direct",) if self._kind() else ()
+        direct = (_DIRECT,) if self._direct_kind(direction) else ()
+        return (*direct, *self._tiles(direction))
 
     def stats_tiles(self, transposed: bool) -> int:
-        p = self.problem
-        if not p.groups or not self._kind():
-            return 0
-        return int(self._of_sizes(f"{_direction(transposed)}_stats_tiles", p.groups))
+        direction = _direction(transposed)
+        return self._stats_tiles(self.ways(direction)[0], direction) if self.problem.groups else 0
 
     def _key(self) -> str:
-        return str(self._dtype)
+        return f"{self._dtype} {'tf32' if self._tf32() else 'tf32x3'}"
 
     def _forward(
         self, way: str, transposed: bool, x: Tensor, weight: Tensor, out: Tensor, end: _Epilogue
     ) -> bool:
-        given = end.stats
+        given, direction = end.stats, _direction(transposed)
         # Tiles may be asked for as other kernels write them.
-        own = given is not None and len(given) == self.stats_tiles(transposed)
+        own = given is not None and len(given) == self._stats_tiles(way, direction)
         cuda.launch(
-            f"{self._kind()}_{_direction(transposed)}",
+            f"{self._kind(way, direction)}_{direction}",
+            *(self.problem.stride, self.problem.padding, self._product(way)),
             max(self.problem.groups, 1),
             *(cuda.aligned(x), cuda.aligned(weight), cuda.aligned(end.bias)),
             *(cpp.ACTIVATION_CODES[end.activation], end.negative_slope, out),
@@ -443,24 +458,78 @@ class _Cuda(_OnGpu):
         return True
 
     def _wgrad(self, way: str, low: Tensor, high: Tensor, out: Tensor) -> None:
-        parts = self._of_sizes("wgrad_parts", gpu.multiprocessors(low.device))
+        sides, step = _PRODUCTS[way], (self.problem.stride, self.problem.padding)
+        parts = self._of_sizes("conv_wgrad_parts", *sides, gpu.multiprocessors(low.device))
         sums = empty(low, parts, out.numel()) if parts > 1 else None
         low, high = cuda.aligned(low), cuda.aligned(high)
-        cuda.launch(f"{self._kind()}_wgrad", low, high, out, sums)
+        cuda.launch("conv_wgrad", *step, self._product(way), low, high, out, sums)
 
     def _sum_stats(self, y: Tensor, stats: Tensor, transposed: bool) -> None:
         cuda.launch("bn_stats", y, stats, self.problem.groups)
 
-    def _kind(self) -> str:
+    def _direct_kind(self, direction: str) -> str:
         p = self.problem
-        if p.thin():
+        if direction == "dgrad" and p.thin():
             return "thin"
-        return "projection" if p.projection() else ""
+        if direction == "fprop" and p.projection() and p.cl <= _MOST_DOTS:
+            return "dot"
+        return ""
 
-    def _of_sizes(self, name: str, other: int) -> int:
+    def _kind(self, way: str, direction: str) -> str:
+        return self._direct_kind(direction) if way == _DIRECT else "conv"
+
+    def _tiles(self, direction: str) -> tuple[str, ...]:
+        """Of those of tensor cores, the likeliest first."""
         p = self.problem
-        of = getattr(cuda.kernels(), f"{self._kind()}_{name}")
-        return int(of(p.n, p.cl, p.h, p.w, p.ch, p.high_h, p.high_w, other))
+        if max(p.kh, p.kw) > _MOST_TAPS:
+            return ()
+        taps = p.kh * p.kw
+        if direction == "wgrad":
+            rows, columns = p.cl, p.ch * taps
+        elif direction == "fprop":
+            rows, columns = p.n * p.h * p.w, p.cl
+        elif p.projection():
+            rows, columns = p.n, p.ch * taps
+        else:
+            class_h, class_w = (-(-side // p.stride) for side in (p.high_h, p.high_w))
+            rows, columns = p.n * class_h * class_w, p.ch
+        ch = p.ch * taps if p.projection() else p.ch
+        # Large tiles are of what is copied 16 bytes at a time, by whole stages of 64 of one tap.
+        along, across = (64 // self._dtype.itemsize, 16 // self._dtype.itemsize)
+        runs = {
+            "fprop": ((ch, along),),
+            "dgrad": ((p.cl, along), (ch, across)),
+            "wgrad": ((p.cl, across), (ch, across)),
+        }
+        if any(size % run for size, run in runs[direction]):
+            return (_SMALLEST,)
+        # A tile of which half is padding is not worth a measurement.
+        many = direction != "wgrad" and rows >= _MANY_ROWS and not (p.cl % 32 or ch % 32)
+        found = [
+            name
+            for name, (m, n) in _PRODUCTS.items()
+            if (m == 64 or rows > 64) and (n == 64 or columns > 64)
+            if m == 128 or not many
+        ]
+        # A weight gradient's sum is cut until there are tiles enough.
+        large = direction == "wgrad" or rows * columns >= _MANY_OUTPUTS
+        return tuple(found if large else found[::-1])
+
+    def _product(self, way: str) -> tuple[int, int, bool] | None:
+        sides = _PRODUCTS.get(way)
+        return None if sides is None else (*sides, self._tf32())
+
+    def _tf32(self) -> bool:
+        return self._dtype != torch.float32 or gpu.tf32()
+
+    def _stats_tiles(self, way: str, direction: str) -> int:
+        kind = self._kind(way, direction)
+        return self._of_sizes(f"{kind}_{direction}_stats_tiles", self.problem.groups)
+
+    def _of_sizes(self, name: str, *others: int) -> int:
+        p = self.problem
+        high = p.ch, p.high_h, p.high_w, p.kh, p.kw, p.stride, p.padding
+        return int(getattr(cuda.kernels(), name)(p.n, p.cl, p.h, p.w, *high, *others))
 
 
 class _Either(_OnGpu):

@@ -63,7 +63,7 @@ def build_library(source: Path, flags: str = TOY_FLAGS) -> Path:
         run(["nvcc", *options, str(source), "-o", str(built)])
         return built
 
-    return kept(source.stem, [source], flags, build)
+    return kept(source.stem, [source, FOLDER / "ptx.cuh"], flags, build)
 
 
 def build_stand_in() -> Path:

@@ -132,6 +132,7 @@ def running_cuda(
     edit_ptx: Callable[[str], str] | None = None,
     execute: bool = True,
     device: Device = A100,
+    count_conflicts: bool = False,
 ) -> Iterator[Running]:
     """Within this context the kernels of ``library`` run on the arrays that it is given.
 
@@ -141,8 +142,10 @@ def running_cuda(
         edit_ptx: changes the text of each kernel before it runs, to see what a fault in it does.
         execute: False only lists the launches, whatever addresses they are given.
         device: what the host code is told.
+        count_conflicts: lists in ``shared_accesses`` of each launch what its accesses to shared
+            memory took.
     """
-    running = Running(library, Runner(warp_order, edit_ptx), execute)
+    running = Running(library, Runner(warp_order, edit_ptx, count_conflicts), execute)
     stand_in = _stand_in()
     stand_in.stand_in_device(*device, SHARED_BYTES[device.capability])
     handler = LaunchHandler(running.launch)

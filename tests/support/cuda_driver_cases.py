@@ -34,6 +34,11 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def as_tf32(values: np.ndarray) -> np.ndarray:
+    """The nearest with 10 bits of mantissa, ties away from zero."""
+    return (values.view(np.uint32) + 0x1000 & 0xFFFFE000).astype(np.uint32).view(np.float32)
+
+
 def random(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
@@ -231,6 +236,65 @@ def chosen(order: str) -> Outcome:
     return {"same": bool(np.array_equal(y, want)), "launches": listed(run.launches)}
 
 
+def products(
+    dtype: str, order: str, edit: Edit | None = None, moved: bool = True, k: int = 168
+) -> Outcome:
+    """Against the sums in float64; tiles stick out at every end."""
+    m, n = 48, 80
+    rng = np.random.default_rng(3)
+    a, b = (rng.standard_normal(shape, np.float32) for shape in ((m, k), (k, n)))
+    c = np.full((m + 1, n), np.nan, np.float32)
+    narrow = {"float32": np.copy, "bfloat16": as_bfloat16, "float16": np.float16}[dtype]
+    widen = {"float32": as_tf32, "bfloat16": from_bfloat16, "float16": np.float64}[dtype]
+    given = narrow(a), np.ascontiguousarray(narrow(b).T if dtype == "float32" else narrow(b))
+    with running_cuda(
+        build_library(TOYS), warp_order=order, edit_ptx=edit, count_conflicts=True
+    ) as run:
+        run.give(*given, c)
+        returned = run.library.run_products(
+            list(EPS).index(dtype), moved, *pointers(*given, c), m, n, k
+        )
+    a, b = (widen(narrow(x)).astype(float) for x in (a, b))
+    (launch,) = run.launches
+    loaded = [x for x in launch.shared_accesses if x.opcode.startswith("ldmatrix")]
+    copied = [x for x in launch.shared_accesses if x.opcode.startswith("cp.async")]
+    return {
+        "returned": returned,
+        # A step that rounds a sum adds half a unit of its last place at most.
+        "error": float(np.abs(c[:m] - a @ b).max() / np.abs(a @ b).max() / EPS["float32"]),
+        "kept": bool(np.isnan(c[m]).all()),
+        "transposed": any(".trans" in x.opcode for x in loaded),
+        "loads": sum(x.accesses for x in loaded),
+        "in loop": max(x.accesses for x in loaded if x.in_loop),
+        "wavefronts a load": sorted({x.wavefronts / x.accesses for x in loaded}),
+        "copies": sum(x.accesses for x in copied),
+        "conflicts of copies": sum(x.conflicts for x in copied),
+    }
+
+
+def without_waiting(order: str) -> Outcome:
+    """Of the products without the waits, and without the barriers."""
+    edits = [without(r"cp\.async\.wait_group"), without("bar.sync")]
+    return {"errors": [products(dtype, order, edit)["error"] for dtype in EPS for edit in edits]}
+
+
+def pieces() -> Outcome:
+    x, y, z = random(96), random(96, 2), np.zeros(96, np.float32)
+    with running_cuda(build_library(TOYS), count_conflicts=True) as run:
+        # A copy of zeros does not read.
+        run.give(x, y[:95], z)
+        run.library.run_pieces(*pointers(x, y, z), 96)
+    i = np.arange(96)
+    x[i % 3 == 0] = 0
+    y[i % 3 == 2] = 0
+    want = x + 10 * y[:, 0] + 100 * y[:, 1]
+    accesses = run.launches[0].shared_accesses
+    return {
+        "close": bool(np.allclose(z, want, rtol=1e-6)),
+        "counted": [[x.opcode, x.accesses, x.wavefronts, x.least] for x in accesses],
+    }
+
+
 def grids() -> Outcome:
     """Up to the limit and beyond it."""
     with running_cuda(build_library(TOYS), execute=False) as run:
@@ -289,10 +353,17 @@ def cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
                 f"functions {dtype} {order}",
                 lambda dtype=dtype, order=order: functions(dtype, order),
             )
+            yield (
+                f"products {dtype} {order}",
+                lambda dtype=dtype, order=order: products(dtype, order),
+            )
+        yield f"without waiting {order}", lambda order=order: without_waiting(order)
         yield f"row sums {order}", lambda order=order: row_sums(order)
         yield f"without a barrier {order}", lambda order=order: each_barrier(order)
         yield f"halves {order}", lambda order=order: halves(order)
         yield f"chosen {order}", lambda order=order: chosen(order)
+    yield "as they come", lambda: products("float16", "ascending", moved=False)
+    yield "pieces", pieces
     yield "rounded", rounded
     yield "integers", integers
     yield "out of bounds", lambda: row_sums("ascending", short=4)

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../../csrc/cuda/ptx.cuh"
+
 extern __shared__ float4 toy_shared[];
 
 namespace {
@@ -128,6 +130,98 @@ __global__ void chosen(const int* x, int* y, int most) {
   y[i] = v + seen[v & 7];
 }
 
+// Tiles of a product: 32 rows of 64 bytes of each factor, three times, as two are under way.
+constexpr int ROWS = 32, ROW_BYTES = 64, STAGES = 3, STAGE_BYTES = 2 * ROWS * ROW_BYTES;
+
+// Where 16 bytes of a tile are. Moved about, those of one column in 8 rows are in different banks.
+template <bool MOVED>
+__device__ int place(int row, int column) {
+  return row * ROW_BYTES + 16 * (MOVED ? column ^ row / 2 % 4 : column);
+}
+
+// c [m, n] = a [m, k] · b, which is [n, k] for float and [k, n] for the others; m and n are
+// multiples of 16. By 4 warps, of which each makes 16 x 16 sums.
+template <class T, bool MOVED>
+__global__ __launch_bounds__(128) void products(const T* a, const T* b, float* c, int m, int n,
+                                                int k) {
+  constexpr int PIECE = 16 / sizeof(T), DEPTH = ROW_BYTES / sizeof(T);
+  constexpr bool TRANSPOSED = sizeof(T) == 2;
+  char* const shared = reinterpret_cast<char*>(toy_shared);
+  const int first_m = blockIdx.y * 32, first_n = blockIdx.x * 32;
+  const int row = threadIdx.x / 4, column = threadIdx.x % 4;
+
+  const auto copy = [&](int step) {
+    char* const to = shared + step % STAGES * STAGE_BYTES + place<MOVED>(row, column);
+    const int depth = step * DEPTH;
+    const int a_row = first_m + row, a_column = depth + column * PIECE;
+    fastgan::copy_async<16>(to, a + a_row * k + a_column, a_row < m && a_column < k);
+    const int b_row = (TRANSPOSED ? depth : first_n) + row;
+    const int b_column = (TRANSPOSED ? first_n : depth) + column * PIECE;
+    const int rows = TRANSPOSED ? k : n, columns = TRANSPOSED ? n : k;
+    fastgan::copy_async<16>(to + ROWS * ROW_BYTES, b + b_row * columns + b_column,
+                            b_row < rows && b_column < columns);
+  };
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Of the 16 x 32 bytes that a step multiplies, lanes 0-15 say where the left half is.
+  const int left_row = lane % 16, right = lane / 16;
+  const int warp_m = warp / 2 * 16, warp_n = warp % 2 * 16;
+  float sums[2][4] = {};
+  const int steps = (k + DEPTH - 1) / DEPTH;
+  for (int step = 0; step < STAGES - 1; ++step) {
+    if (step < steps) copy(step);
+    fastgan::commit_copies();
+  }
+  for (int step = 0; step < steps; ++step) {
+    fastgan::wait_for_copies<STAGES - 2>();
+    __syncthreads();
+    if (step + STAGES - 1 < steps) copy(step + STAGES - 1);
+    fastgan::commit_copies();
+    const char* const a_tile = shared + step % STAGES * STAGE_BYTES;
+    const char* const b_tile = a_tile + ROWS * ROW_BYTES;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t x[4], y[4];
+      fastgan::load_matrices<false>(a_tile + place<MOVED>(warp_m + left_row, 2 * half + right), x);
+      if constexpr (TRANSPOSED) {
+        const int b_row = 16 * half + left_row, b_column = warp_n / PIECE + right;
+        fastgan::load_matrices<true>(b_tile + place<MOVED>(b_row, b_column), y);
+      } else {
+        const int b_row = warp_n + lane / 16 * 8 + lane % 8, b_column = 2 * half + lane / 8 % 2;
+        fastgan::load_matrices<false>(b_tile + place<MOVED>(b_row, b_column), y);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = fastgan::to_tf32(__uint_as_float(x[i]));
+          y[i] = fastgan::to_tf32(__uint_as_float(y[i]));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t part[2] = {y[2 * i], y[2 * i + 1]};
+        fastgan::multiply_add<T>(x, part, sums[i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int c_row = first_m + warp_m + i % 4 / 2 * 8 + lane / 4;
+    const int c_column = first_n + warp_n + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (c_row < m && c_column < n) c[c_row * n + c_column] = sums[i / 4][i % 4];
+  }
+}
+
+// Numbers from pieces of 4 and 8 bytes, with zeros for every third of each.
+__global__ void pieces(const float* x, const float2* y, float* z) {
+  const int i = threadIdx.x;
+  float2* const pairs = reinterpret_cast<float2*>(toy_shared);
+  float* const singles = reinterpret_cast<float*>(pairs + blockDim.x);
+  fastgan::copy_async<4>(singles + i, x + i, i % 3);
+  fastgan::copy_async<8>(pairs + i, y + i, (i + 1) % 3);
+  fastgan::commit_copies();
+  fastgan::wait_for_copies<0>();
+  z[i] = singles[i] + 10 * pairs[i].x + 100 * pairs[i].y;
+}
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
            Arguments... arguments) {
@@ -185,6 +279,25 @@ int run_chosen(const void* x, void* y, int most, unsigned grid_x, unsigned grid_
                 (const int*)x, (int*)y, most);
 }
 
+int run_products(int dtype, int moved, const void* a, const void* b, void* c, int m, int n, int k) {
+  const auto run = [&](auto element, auto kernel) {
+    using T = decltype(element);
+    const dim3 grid((n + 31) / 32, (m + 31) / 32);
+    return launch(kernel, grid, 128, STAGES * STAGE_BYTES, nullptr, (const T*)a, (const T*)b,
+                  (float*)c, m, n, k);
+  };
+  if (dtype == 0)
+    return run(float(), moved ? products<float, true> : products<float, false>);
+  if (dtype == 1)
+    return run(__nv_bfloat16(),
+               moved ? products<__nv_bfloat16, true> : products<__nv_bfloat16, false>);
+  return run(__half(), moved ? products<__half, true> : products<__half, false>);
+}
+
+int run_pieces(const void* x, const void* y, void* z, unsigned threads) {
+  return launch(pieces, 1, threads, threads * 12, nullptr, (const float*)x, (const float2*)y,
+                (float*)z);
+}
 
 int last_error() { return cudaGetLastError(); }
 

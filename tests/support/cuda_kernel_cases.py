@@ -8,7 +8,6 @@ something that has the functions of ``fastgan._cuda``: the build for the CPU
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,8 +176,13 @@ def batch_norm(
     affine: bool = True,
     training: bool = True,
     tiles: int = 0,
+    folded: int = 0,
 ) -> Case:
-    """Forward and backward, and the running statistics; of ``tiles`` of statistics, or its own."""
+    """Forward and backward, and the running statistics.
+
+    Those of the batch are of its own tiles, or of as many ``tiles`` of each group, which are
+    ``folded`` into fewer.
+    """
     n, c, h, w = shape
     draw = _Draw(dtype)
     x, dy = draw.images(*shape, scale=2.0), draw.images(*shape)
@@ -214,8 +218,8 @@ def batch_norm(
         if training:
             stats = poisoned((parts * (tiles or own), 3, c))
             kernels.call("bn_stats", x, stats, parts)
-            if tiles > k.bn_most_tiles():
-                many, stats = stats, poisoned((parts * k.bn_most_tiles(), 3, c))
+            if folded:
+                many, stats = stats, poisoned((parts * folded, 3, c))
                 kernels.call("bn_fold", many, stats, parts)
         else:
             of_groups = {
@@ -328,18 +332,24 @@ def act_backward(dtype: str, shape: tuple[int, int, int, int], activation: str) 
 
 
 class Sides(NamedTuple):
-    """Of a convolution: thin where ``kernel`` is 0, else projection to a square of that side."""
+    """Of a convolution, and by which kernels: ``conv`` with a tile, ``thin`` or ``dot``.
+
+    Attributes:
+        rest: by how much the high side is larger than the low side needs it to be.
+        product: rows and columns of the tile, and whether float32 is multiplied as TF32.
+    """
 
     n: int
     cl: int
     h: int
     w: int
     ch: int
-    kernel: int = 0
-
-    @property
-    def name(self) -> str:
-        return "projection" if self.kernel else "thin"
+    kernel: tuple[int, int] = (4, 4)
+    stride: int = 2
+    padding: int = 1
+    rest: tuple[int, int] = (0, 0)
+    name: str = "conv"
+    product: tuple[int, int, bool] | None = (64, 64, False)
 
     @property
     def low(self) -> tuple[int, int, int, int]:
@@ -347,41 +357,62 @@ class Sides(NamedTuple):
 
     @property
     def high(self) -> tuple[int, int, int, int]:
-        if self.kernel:
-            return self.n, self.ch, self.kernel, self.kernel
-        return self.n, self.ch, 2 * self.h, 2 * self.w
+        h, w = (
+            (side - 1) * self.stride - 2 * self.padding + kernel + rest
+            for side, kernel, rest in zip(self.low[2:], self.kernel, self.rest, strict=True)
+        )
+        return self.n, self.ch, h, w
 
     @property
     def weight(self) -> tuple[int, int, int, int]:
-        side = self.kernel or 4
-        return self.cl, self.ch, side, side
+        return self.cl, self.ch, *self.kernel
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """As the functions of sizes alone take them."""
+        return *self.low, *self.high[1:], *self.kernel, self.stride, self.padding
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """What a call begins with."""
+        return self.stride, self.padding, self.product
+
+    def exact(self, bits: np.ndarray) -> np.ndarray:
+        """float64 of what is multiplied: of float32, what one pass of TF32 leaves."""
+        if bits.dtype != np.float32 or self.product is None or not self.product[2]:
+            return to_float(bits)
+        rounded = (bits.copy().view(np.uint32) + 0x1000) & 0xFFFFE000
+        return to_float(rounded.view(np.float32))
 
     def taps(self, high: np.ndarray) -> np.ndarray:
         """``[n, ch, kh, kw, h, w]``: what each tap of a pixel of the low side reads."""
-        side, step, pad = (self.kernel, 1, 0) if self.kernel else (4, 2, 1)
-        padded = np.pad(high, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+        pad, step = (self.padding, self.padding), self.stride
+        padded = np.pad(high, ((0, 0), (0, 0), pad, pad))
         read = [
             padded[:, :, u : u + step * self.h : step, v : v + step * self.w : step]
-            for u in range(side)
-            for v in range(side)
+            for u, v in np.ndindex(*self.kernel)
         ]
-        return np.stack(read, 2).reshape(self.n, self.ch, side, side, self.h, self.w)
+        read = [x[:, :, : self.h, : self.w] for x in read]
+        return np.stack(read, 2).reshape(self.n, self.ch, *self.kernel, self.h, self.w)
 
     def fprop(self, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return np.einsum("nbuvij,abuv->naij", self.taps(high), weight)
+        return np.einsum("nbuvij,abuv->naij", self.taps(high), weight, optimize=True)
 
     def wgrad(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        return np.einsum("naij,nbuvij->abuv", low, self.taps(high))
+        return np.einsum("naij,nbuvij->abuv", low, self.taps(high), optimize=True)
 
     def dgrad(self, low: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        side, step, pad = (self.kernel, 1, 0) if self.kernel else (4, 2, 1)
+        pad, step = self.padding, self.stride
         _, _, high_h, high_w = self.high
         padded = np.zeros((self.n, self.ch, high_h + 2 * pad, high_w + 2 * pad))
-        for u, v in itertools.product(range(side), range(side)):
+        for u, v in np.ndindex(*self.kernel):
             rows, columns = (
-                slice(at, at + step * size, step) for at, size in ((u, self.h), (v, self.w))
+                slice(at, at + step * (size - 1) + 1, step)
+                for at, size in ((u, self.h), (v, self.w))
             )
-            padded[:, :, rows, columns] += np.einsum("naij,ab->nbij", low, weight[:, :, u, v])
+            padded[:, :, rows, columns] += np.einsum(
+                "naij,ab->nbij", low, weight[:, :, u, v], optimize=True
+            )
         return padded[:, :, pad : pad + high_h, pad : pad + high_w]
 
 
@@ -393,31 +424,37 @@ def forward(
     *,
     bias: bool = False,
     groups: int = 0,
+    infinite: bool = False,
 ) -> Case:
-    """fprop or dgrad; statistics where there are ``groups``."""
+    """fprop or dgrad; statistics where there are ``groups``.
+
+    With ``infinite`` inputs, which of the results are finite, and those.
+    """
     draw = _Draw(dtype)
     transposed = direction == "dgrad"
     x = draw.images(*(sides.low if transposed else sides.high))
     weight = draw.images(*sides.weight, scale=0.2)
     to = sides.high if transposed else sides.low
     shift = draw.of_channels(to[1], dtype=dtype) if bias else None
+    if infinite:
+        _put_infinities(x, dtype)
     tiles_of = f"{sides.name}_{direction}_stats_tiles"
 
     def run(kernels: Kernels) -> Arrays:
         out = {"y": poisoned_images(*to, dtype)}
         if groups:
-            n, _, high_h, high_w = sides.high
-            sizes = n, sides.cl, sides.h, sides.w, sides.ch, high_h, high_w
-            tiles = getattr(kernels.module, tiles_of)(*sizes, groups)
+            tiles = getattr(kernels.module, tiles_of)(*sides.sizes, groups)
             out["stats"] = poisoned((tiles, 3, to[1]))
         kernels.call(
             f"{sides.name}_{direction}",
-            *(max(groups, 1), x, weight, shift, *_act(activation), out["y"], out.get("stats")),
+            *(*sides.how, max(groups, 1), x, weight, shift, *_act(activation)),
+            *(out["y"], out.get("stats")),
         )
-        return _of_groups(out, groups)
+        return _where_finite(out) if infinite else _of_groups(out, groups)
 
     def want() -> Arrays:
-        z = (sides.dgrad if transposed else sides.fprop)(to_float(x), to_float(weight))
+        with np.errstate(invalid="ignore"):
+            z = (sides.dgrad if transposed else sides.fprop)(sides.exact(x), sides.exact(weight))
         if shift is not None:
             z = z + to_float(shift)[:, None, None]
         found = {"y": activate(z, activation)}
@@ -427,7 +464,7 @@ def forward(
             parts = rounded.reshape(groups, -1, *to[1:])
             found |= {"mean": parts.mean((1, 3, 4)), "var": parts.var((1, 3, 4))}
             found["count"] = np.full_like(found["mean"], parts[0, :, 0].size)
-        return found
+        return _where_finite(found) if infinite else found
 
     # A result on the edge of two roundings may fall to either, which moves the statistics.
     rounded = ("y", "mean", "var")
@@ -446,43 +483,105 @@ def _of_groups(out: Arrays, groups: int) -> Arrays:
     return out
 
 
-def wgrad(dtype: str, sides: Sides, multiprocessors: int) -> Case:
+def _put_infinities(x: np.ndarray, dtype: str) -> None:
+    """In the first pixel and in the last."""
+    for at, value in ((0, np.inf), (-1, -np.inf)):
+        x[at, at, at, at] = to_bits(np.array(value), dtype)
+
+
+def _where_finite(found: Arrays) -> Arrays:
+    out = {}
+    for name, values in found.items():
+        finite = np.isfinite(to_float(values))
+        out[name] = np.where(finite, values, values.dtype.type(0))
+        out[f"{name} is finite"] = finite.astype(np.float32)
+    return out
+
+
+def wgrad(dtype: str, sides: Sides, multiprocessors: int = 1, *, infinite: bool = False) -> Case:
+    """With ``infinite`` inputs, which of the results are finite, and those."""
     draw = _Draw(dtype)
     low, high = draw.images(*sides.low), draw.images(*sides.high)
+    if infinite:
+        _put_infinities(low, dtype)
+        _put_infinities(high, dtype)
 
     def run(kernels: Kernels) -> Arrays:
-        n, _, high_h, high_w = sides.high
-        sizes = n, sides.cl, sides.h, sides.w, sides.ch, high_h, high_w
-        parts = getattr(kernels.module, f"{sides.name}_wgrad_parts")(*sizes, multiprocessors)
+        assert sides.product
+        tile = sides.product[:2]
+        parts = kernels.module.conv_wgrad_parts(*sides.sizes, *tile, multiprocessors)
         assert (parts > 1) == (multiprocessors > 1)
         out = poisoned_images(*sides.weight, dtype)
         sums = poisoned((parts, out.size)) if parts > 1 else None
-        kernels.call(f"{sides.name}_wgrad", low, high, out, sums)
-        return {"dweight": out}
+        kernels.call("conv_wgrad", *sides.how, low, high, out, sums)
+        return _where_finite({"dweight": out}) if infinite else {"dweight": out}
 
     def want() -> Arrays:
-        return {"dweight": sides.wgrad(to_float(low), to_float(high))}
+        with np.errstate(invalid="ignore"):
+            found = {"dweight": sides.wgrad(sides.exact(low), sides.exact(high))}
+        return _where_finite(found) if infinite else found
 
     return Case(run, want, dtype, ("dweight",), terms=64)
 
 
+def _thin(n: int, cl: int, h: int, w: int, ch: int) -> Sides:
+    return Sides(n, cl, h, w, ch, name="thin", product=None)
+
+
+def _dots(n: int, cl: int, ch: int, side: int) -> Sides:
+    return Sides(n, cl, 1, 1, ch, (side, side), 1, 0, name="dot", product=None)
+
+
 _THIN = {
-    "thin": Sides(2, 20, 5, 7, 3),
-    "thin of 8": Sides(2, 72, 3, 20, 1),  # vectors, and more channels and columns than a tile has
-    "thin of 4": Sides(3, 16, 17, 2, 4),
-    "thin of 2": Sides(2, 5, 4, 4, 2),
+    "thin": _thin(2, 20, 5, 7, 3),
+    "thin of 8": _thin(2, 72, 3, 20, 1),  # vectors, and more channels and columns than a tile has
+    "thin of 4": _thin(3, 16, 17, 2, 4),
+    "thin of 2": _thin(2, 5, 4, 4, 2),
 }
-# What is left of the kernels of dgrad, which have one for each number of channels.
+# What is left of the kernels, which are one for each number of channels.
 _MORE_THIN = (
-    *(Sides(1, 3, 2, 3, 1), Sides(1, 3, 2, 3, 4)),
-    *(Sides(1, 8, 2, 4, 2), Sides(1, 24, 3, 8, 3)),
+    *(_thin(1, 3, 2, 3, 1), _thin(1, 3, 2, 3, 4)),
+    *(_thin(1, 8, 2, 4, 2), _thin(1, 24, 3, 8, 3)),
 )
-_PROJECTIONS = {
-    "projection": Sides(6, 20, 1, 1, 5, 3),
-    "projection of 8": Sides(70, 72, 1, 1, 8, 4),
-    "dots": Sides(4, 3, 1, 1, 7, 3),
-    "dots of 8": Sides(5, 1, 1, 1, 72, 4),
+_DOTS = {"dots": _dots(4, 3, 7, 3), "dots of 8": _dots(5, 1, 72, 4)}
+
+# Of convolutions on tensor cores: ragged in every dimension, with and without 16-byte copies of
+# either operand, with stages that cross taps and such that do not, and taps of every kind that
+# classes can have.
+_CONV = {
+    "4x4": Sides(2, 24, 5, 7, 40),
+    "4x4, odd": Sides(2, 5, 4, 3, 7),
+    "4x4, odd low": Sides(2, 13, 3, 5, 24),
+    "4x4, odd high": Sides(2, 72, 3, 5, 3),
+    "5x5": Sides(2, 16, 3, 4, 24, (5, 5), 2, 2, (1, 1)),
+    "3x3": Sides(2, 32, 5, 6, 32, (3, 3), 1, 1),
+    "1x1 in strides": Sides(3, 16, 3, 2, 8, (1, 1), 2, 0, (1, 0)),
+    "2x5 in threes": Sides(2, 8, 3, 3, 8, (2, 5), 3, 2, (1, 2)),
+    "product": Sides(70, 72, 1, 1, 8, (4, 4), 1, 0),
+    "product of 100": Sides(6, 100, 1, 1, 5, (3, 3), 1, 0),
+    "one channel": Sides(5, 1, 1, 1, 72, (4, 4), 1, 0),
+    "few channels": Sides(4, 3, 5, 7, 1),
 }
+# Of those, what takes every way of copying that a direction has.
+_WAYS = {
+    "4x4": ("fprop", "dgrad"),
+    "4x4, odd": ("fprop", "dgrad", "wgrad"),
+    "4x4, odd low": ("dgrad", "wgrad"),
+    "4x4, odd high": ("dgrad", "wgrad"),
+    "product of 100": ("fprop",),
+}
+# As many taps as there may be.
+_MOST_TAPS = Sides(2, 1, 3, 2, 2, (16, 16), 1, 7)
+_DIRECTIONS = ("fprop", "dgrad", "wgrad")
+_TILES = ((64, 64), (128, 64), (128, 128))
+# For each direction more rows and columns than the largest tile has, and whole stages.
+_LARGER = {
+    "fprop": Sides(2, 136, 9, 16, 32, (2, 2), 2, 0),
+    "dgrad": Sides(2, 32, 9, 8, 136, (2, 2), 2, 0),
+    "wgrad": Sides(2, 136, 9, 8, 40, (2, 2), 2, 0),
+}
+# As many rows as make the statistics' tiles large.
+_MANY_ROWS = Sides(2, 32, 128, 128, 32, (1, 1), 1, 0)
 
 
 def _cases(dtype: str) -> dict[str, Case]:
@@ -501,29 +600,87 @@ def _cases(dtype: str) -> dict[str, Case]:
         "images, scaled": images(dtype, (2, 4, 4, 4), False, False),
         "act backward": act_backward(dtype, (3, 5, 3, 7), "tanh"),
         "act backward, leaky": act_backward(dtype, (2, 8, 4, 4), "leaky_relu"),
-        "thin, wgrad in parts": wgrad(dtype, Sides(5, 20, 13, 11, 3), 108),
-        "projection, wgrad in parts": wgrad(dtype, Sides(150, 20, 1, 1, 5, 3), 108),
-        "dots, wgrad in parts": wgrad(dtype, Sides(150, 2, 1, 1, 5, 3), 108),
-        "projection, odd fprop": forward(dtype, Sides(3, 7, 1, 1, 5, 3), "fprop"),
     }
     if dtype == "float32":
-        found["bn, folded"] = batch_norm(dtype, (2, 8, 9, 9), 2, "relu", tiles=66)
-    for name, sides in (_THIN | _PROJECTIONS).items():
-        dots = name.startswith("dots")
+        found["bn, folded"] = batch_norm(dtype, (2, 8, 9, 9), 2, "relu", tiles=7, folded=3)
+    for name, sides in _DOTS.items():
+        found[f"{name}, fprop"] = forward(dtype, sides, "fprop")
+        found[f"{name}, fprop, bias"] = forward(dtype, sides, "fprop", "leaky_relu", bias=True)
+    for name, sides in _THIN.items():
         groups = 1 if sides.n % 2 else 2
-        found |= {
-            f"{name}, fprop": forward(dtype, sides, "fprop", groups=0 if dots else groups),
-            f"{name}, dgrad": forward(dtype, sides, "dgrad", groups=groups),
-            f"{name}, wgrad": wgrad(dtype, sides, 1),
-        }
+        found[f"{name}, dgrad"] = forward(dtype, sides, "dgrad", groups=groups)
         if dtype == "float32":
-            found |= {
-                f"{name}, fprop, bias": forward(dtype, sides, "fprop", "leaky_relu", bias=True),
-                f"{name}, dgrad, bias": forward(dtype, sides, "dgrad", "tanh", bias=True),
-            }
+            found[f"{name}, dgrad, bias"] = forward(dtype, sides, "dgrad", "tanh", bias=True)
     for sides in _MORE_THIN:
         name = f"thin of {sides.cl} and {sides.ch}, dgrad"
         found[name] = forward(dtype, sides, "dgrad", "tanh", bias=True, groups=1)
+    return found | _products(dtype)
+
+
+def _product(dtype: str, sides: Sides, direction: str) -> Case:
+    if direction == "wgrad":
+        return wgrad(dtype, sides)
+    activation = "relu" if direction == "fprop" else "none"
+    return forward(dtype, sides, direction, activation, groups=1 if sides.n % 2 else 2)
+
+
+def _products(dtype: str) -> dict[str, Case]:
+    """Of convolutions on tensor cores.
+
+    float16 differs from bfloat16 in its products alone, as does TF32 from float32 in three passes.
+    """
+    found = {}
+    for name, sides in _CONV.items():
+        ways = _WAYS.get(name, ()) if dtype == "float16" else _DIRECTIONS
+        found |= {f"{name}, {way}": _product(dtype, sides, way) for way in ways}
+    found |= _tiles(dtype, False)
+    sides = _CONV["4x4"]
+    found["4x4, wgrad in parts"] = wgrad(dtype, sides._replace(n=16), 108)
+    if dtype == "float32":
+        for name, ways in _WAYS.items():
+            sides = _CONV[name]._replace(product=(64, 64, True))
+            found |= {f"{name} in TF32, {way}": _product(dtype, sides, way) for way in ways}
+        found |= _tiles(dtype, True)
+        found |= {f"16x16, {way}": _product(dtype, _MOST_TAPS, way) for way in _DIRECTIONS}
+    if dtype != "float16":
+        sides = _CONV["4x4"]
+        found |= {
+            "4x4, fprop, bias": forward(dtype, sides, "fprop", "leaky_relu", bias=True),
+            "4x4, dgrad, bias": forward(dtype, sides, "dgrad", "tanh", bias=True),
+            "product, dgrad, bias": forward(dtype, _CONV["product"], "dgrad", "relu", bias=True),
+        }
+        for name in ("4x4, odd", "5x5"):
+            sides = _CONV[name]
+            found |= {
+                f"{name}, fprop, infinite": forward(dtype, sides, "fprop", infinite=True),
+                f"{name}, dgrad, infinite": forward(dtype, sides, "dgrad", infinite=True),
+                f"{name}, wgrad, infinite": wgrad(dtype, sides, infinite=True),
+            }
+    if dtype == "bfloat16":
+        tall, large = (_MANY_ROWS._replace(product=(128, side, False)) for side in (64, 128))
+        found |= {
+            "many rows, fprop": forward(dtype, tall, "fprop", groups=2),
+            "many rows, dgrad": forward(dtype, large, "dgrad", groups=2),
+        }
+    return found
+
+
+def _tiles(dtype: str, tf32: bool) -> dict[str, Case]:
+    found = {}
+    for rows, columns in _TILES:
+        fprop, dgrad, own = (
+            _LARGER[way]._replace(product=(rows, columns, tf32)) for way in _DIRECTIONS
+        )
+        name = f"{rows}x{columns}{' in TF32' if tf32 else ''}"
+        # Tiles that end within a group, and groups that are all of the batch.
+        groups = 1 if columns == 128 else 2
+        found |= {
+            f"{name}, fprop": forward(dtype, fprop, "fprop", groups=groups),
+            f"{name}, dgrad": forward(
+                dtype, dgrad, "dgrad", "leaky_relu", bias=True, groups=groups if rows == 128 else 0
+            ),
+            f"{name}, wgrad": wgrad(dtype, own),
+        }
     return found
 
 

@@ -8,6 +8,7 @@ build for the CPU.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,10 +16,13 @@ from support import cuda_host
 from support.cuda_build import build_extension, ptx_of
 from support.cuda_driver import in_kernel, running_cuda, short_name
 from support.cuda_kernel_cases import CASES, SLOPE, Arrays, Case, Kernels, on_host, to_float
+from support.ptx_conflicts import SharedAccess
+from support.ptx_launches import Launch
 from support.ptx_memory import PtxError
 from support.ptx_runs import ORDERS, Edit, Outcome, count, serve, without
 
 KERNELS = "kernels"
+_PRODUCT = re.compile(r"\bmma\.sync\.[\w.]+")
 # A case for each kernel with a barrier, which is wrong in some order without it.
 FAULTS = {
     "bn_stats_kernel": "bn of 8",
@@ -27,23 +31,44 @@ FAULTS = {
     "bn_act_bwd_kernel": "bn of 8",
     "bce_fwd_kernel": "loss, many",
     "augment_fwd_kernel": "images of 16",
-    "thin_fprop_kernel": "thin, fprop",
     "thin_dgrad_kernel": "thin, dgrad",
-    "thin_wgrad_kernel": "thin, wgrad",
     "dot_fprop_kernel": "dots of 8, fprop, bias",
-    "projection_fprop_kernel": "projection of 8, fprop",
-    "projection_dgrad_kernel": "projection of 8, dgrad",
-    "projection_wgrad_kernel": "projection of 8, wgrad",
+    "conv_fprop_kernel": "4x4, fprop",
+    "conv_dgrad_kernel": "4x4, dgrad",
+    "conv_wgrad_kernel": "4x4, wgrad",
 }
+# Of those, the kernels that copy asynchronously.
+COPYING = tuple(name for name in FAULTS if name.startswith("conv_"))
 WITHOUT_BARRIER = "without a barrier: "
+WITHOUT_WAIT = "without a wait: "
 ERRORS = ("refused launch", "no such device", "recorded")
+# Accesses of shared memory in a main loop.
+_OF_PRODUCTS = ("ldmatrix", "cp.async", "ld.shared.u32", "ld.shared.b32", "ld.shared.f32")
 
 
-def run(case: Case, order: str, edit: Edit | None = None) -> tuple[Arrays, list[str]]:
-    """What the kernels wrote, and which they were."""
-    with running_cuda(build_extension(), warp_order=order, edit_ptx=edit) as running:
+def run(
+    case: Case, order: str, edit: Edit | None = None, count_conflicts: bool = False
+) -> tuple[Arrays, list[Launch]]:
+    """What the kernels wrote, and their launches."""
+    how = {"warp_order": order, "edit_ptx": edit, "count_conflicts": count_conflicts}
+    with running_cuda(build_extension(), **how) as running:
         got = case.run(Kernels(running.library, running.give))
-        return got, [launch.name for launch in running.launches]
+        return got, list(running.launches)
+
+
+def in_products(launches: list[Launch]) -> list[SharedAccess]:
+    """The accesses of shared memory that make products, those in loops and in what is peeled."""
+    return [
+        access
+        for launch in launches
+        if launch.name.startswith(COPYING)
+        for access in launch.shared_accesses
+        if access.opcode.startswith(_OF_PRODUCTS)
+    ]
+
+
+def conflicting(accesses: list[SharedAccess]) -> list[str]:
+    return [f"{x.opcode} at line {x.line}: {x.conflicts}" for x in accesses if x.conflicts]
 
 
 def compared(name: str) -> Outcome:
@@ -51,8 +76,15 @@ def compared(name: str) -> Outcome:
     want = case.run(on_host(cuda_host.build_kernels()))
     outcome: Outcome = {"different": {}, "wrong": {}, "kernels": [], "off": 0.0}
     for order in ORDERS:
-        got, kernels = run(case, order)
-        outcome["kernels"] = kernels
+        # Which lanes meet in a bank does not depend on the order of warps.
+        first = order == ORDERS[0]
+        got, launches = run(case, order, count_conflicts=first)
+        if first:
+            accesses = in_products(launches)
+            outcome["products"] = sorted({p for x in launches for p in _PRODUCT.findall(x.ptx)})
+            outcome["accesses"] = sum(x.accesses for x in accesses)
+            outcome["conflicts"] = conflicting(accesses)
+        outcome["kernels"] = [launch.name for launch in launches]
         outcome["wrong"][order] = case.wrong(got)
         outcome["different"][order] = [
             key for key in want if got[key].tobytes() != want[key].tobytes()
@@ -64,13 +96,13 @@ def compared(name: str) -> Outcome:
     return outcome
 
 
-def planted(kernel: str) -> Outcome:
-    """Without any of its barriers: what is wrong, in each order."""
+def planted(kernel: str, opcode: str) -> Outcome:
+    """Without any instruction of that name: what is wrong, in each order."""
     case = CASES[f"{FAULTS[kernel]} float32"]
     found = {}
     for order in ORDERS:
         try:
-            got, _ = run(case, order, in_kernel(kernel, without("bar.sync")))
+            got, _ = run(case, order, in_kernel(kernel, without(opcode)))
             found[order] = case.wrong(got)
         except PtxError as error:
             found[order] = [str(error)]
@@ -80,8 +112,11 @@ def planted(kernel: str) -> Outcome:
 def kernels() -> Outcome:
     with running_cuda(build_extension()):  # which the PTX is taken from
         found = {short_name(symbol): text for symbol, text in ptx_of(build_extension()).items()}
-    barriers = [name for name, text in found.items() if count("bar.sync", text)]
-    return {"kernels": list(found), "with barriers": barriers}
+    having = {
+        opcode: [name for name, text in found.items() if count(opcode, text)]
+        for opcode in ("bar.sync", "cp.async.wait_group", "cp.async.cg.shared.global")
+    }
+    return {"kernels": list(found), **having}
 
 
 def refused_launch() -> Outcome:
@@ -130,7 +165,9 @@ def cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
     for name in CASES:
         yield name, functools.partial(compared, name)
     for kernel in FAULTS:
-        yield WITHOUT_BARRIER + kernel, functools.partial(planted, kernel)
+        yield WITHOUT_BARRIER + kernel, functools.partial(planted, kernel, "bar.sync")
+    for kernel in COPYING:
+        yield WITHOUT_WAIT + kernel, functools.partial(planted, kernel, "cp.async.wait_group")
     yield from zip(ERRORS, (refused_launch, no_such_device, recorded), strict=True)
 
 

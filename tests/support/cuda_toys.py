@@ -14,7 +14,7 @@ SOURCE = Path("tests", "support", "cuda_on_host", "toy.cu")
 
 
 def build_toys(sanitizer: cuda_host.Sanitizer | None = None) -> Path:
-    return cuda_host.build("toys", [SOURCE], sanitizer)
+    return cuda_host.build("toys", [SOURCE], sanitizer, includes=[cuda_host.KERNELS])
 
 
 class Toys:
@@ -61,28 +61,40 @@ def numbers(count: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(count).astype(np.float32)
 
 
-def run(path: str, kernel: str, size: str, grid: str, threads: str) -> None:
-    """A kernel on ``size`` numbers, with a float of shared memory a thread."""
-    _launch(Toys(path), kernel, numbers(int(size)), int(grid), int(threads))
+def run(path: str, kernel: str, size: str, grid: str, threads: str, floats: str = "1") -> None:
+    """A kernel on ``size`` numbers, with ``floats`` of shared memory a thread, in each order."""
+    toys, x = Toys(path), numbers(int(size))
+    for order in cuda_host.ORDERS:
+        with cuda_host.order(toys.library, order):
+            _launch(toys, kernel, x, int(grid), int(threads), int(floats))
 
 
 def run_right_ones(path: str) -> None:
     """Kernels that break no rule, twice in each order, the second reading what the first wrote."""
     toys, x = Toys(path), numbers(512)
+    kernels = [
+        *((kernel, 4, 128, 1) for kernel in ("turn<true>", "add<32, true>", "neighbour<true>")),
+        *(("ballot", 4, 128, 1), ("halves", 4, 128, 1), ("leaves_copies", 4, 128, 1)),
+        *(("pipeline<2, 1, kNothing>", 1, 64, 2), ("pipeline<3, 2, kNothing>", 1, 64, 6)),
+        *(("pipeline<4, 4, kNothing>", 1, 32, 16), ("matrices<true, true>", 1, 32, 4)),
+        *((f"products<{t}>", 1, 32, 0) for t in ("__nv_bfloat16", "__half", "float")),
+    ]
     for order in cuda_host.ORDERS:
         with cuda_host.order(toys.library, order):
-            for kernel in ("turn<true>", "add<32, true>", "neighbour<true>", "ballot", "halves"):
-                _launch(toys, kernel, _launch(toys, kernel, x, 4, 128), 4, 128)
+            for kernel, *shape in kernels:
+                _launch(toys, kernel, _launch(toys, kernel, x, *shape), *shape)
     # A launch that is given up halfway leaves nothing behind.
-    for kernel in ("some_at_barrier", "returned_lane"):
+    for kernel in ("some_at_barrier", "returned_lane", "copies_to_global", "matrices_without_lane"):
         with contextlib.suppress(RuntimeError):
             _launch(toys, kernel, x, 1, 128)
             raise AssertionError(f"{kernel} was not refused")
         _launch(toys, "turn<true>", x, 4, 128)
 
 
-def _launch(toys: Toys, kernel: str, x: np.ndarray, grid: int, threads: int) -> np.ndarray:
+def _launch(
+    toys: Toys, kernel: str, x: np.ndarray, grid: int, threads: int, floats: int = 1
+) -> np.ndarray:
     y = np.zeros_like(x)
-    error = toys.launch(kernel, x, y, grid=(grid, 1, 1), block=(threads, 1, 1), shared=4 * threads)
-    assert error == "cudaSuccess"
+    shape = {"grid": (grid, 1, 1), "block": (threads, 1, 1), "shared": 4 * floats * threads}
+    assert toys.launch(kernel, x, y, **shape) == "cudaSuccess"
     return y

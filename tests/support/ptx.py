@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
+from support.ptx_conflicts import ConflictCounter
 from support.ptx_instructions import Step, decode
 from support.ptx_memory import (
     POISON,
@@ -59,6 +60,7 @@ class Kernel:
         self.constants = text.constants
         self.static_shared = text.static_shared
         self.local = text.local
+        self.labels = text.labels
         self.instructions = text.instructions
         self.steps: list[Step] = [decode(i, text.labels) for i in text.instructions]
         self.end = len(self.steps)
@@ -80,6 +82,7 @@ class Kernel:
         *,
         shared: int = 0,
         warp_order: WarpOrder = "ascending",
+        conflicts: ConflictCounter | None = None,
     ) -> int:
         """Runs all blocks; returns how many instructions their warps executed.
 
@@ -90,6 +93,7 @@ class Kernel:
             buffers: the only global memory there is.
             shared: bytes of dynamic shared memory.
             warp_order: of the warps of a block, between two barriers.
+            conflicts: counts the accesses to shared memory.
         """
         block = (block, 1, 1) if isinstance(block, int) else block
         threads = math.prod(block)
@@ -108,7 +112,7 @@ class Kernel:
         with np.errstate(all="ignore"):
             for first in range(0, blocks.size, BLOCKS_AT_ONCE):
                 some = blocks[first : first + BLOCKS_AT_ONCE]
-                gang = _Gang(self, grid, some, block, parameters, memory, shared)
+                gang = _Gang(self, grid, some, block, parameters, memory, shared, conflicts)
                 steps += gang.run(warp_order)
         return steps
 
@@ -150,7 +154,9 @@ class _Gang:
         parameters: GlobalMemory,
         memory: GlobalMemory,
         shared: int,
+        conflicts: ConflictCounter | None,
     ):
+        self.conflicts = conflicts
         self.kernel = kernel
         self.grid = grid
         self.blocks = blocks
@@ -225,6 +231,8 @@ class Crew:
         self.size = rows.size * LANES
         self.registers = registers
         self.pc = pc
+        # The instruction that is executed.
+        self.at = pc
         # Where each lane is while they are apart; only a crew of one block lets them part.
         self.pcs: np.ndarray | None = None
         # The lanes that take part in an instruction; None means all.
@@ -265,19 +273,18 @@ class Crew:
         self.stopped = None
         kernel = self.kernel
         steps = kernel.steps
-        pc, before = self.pc, self.steps
+        before = self.steps
         try:
             while self.stopped is None:
                 if self.pcs is None:
-                    pc = self.pc
+                    self.at = pc = self.pc
                     self.pc = pc + 1
-                    steps[pc](self)
                 else:
-                    pc = self._behind()
-                    steps[pc](self)
+                    self.at = pc = self._behind()
+                steps[pc](self)
                 self.steps += 1
         except PtxError as error:
-            instruction = kernel.instructions[pc]
+            instruction = kernel.instructions[self.at]
             blocks = self.gang.blocks[self.rows].tolist()
             raise PtxError(
                 f"{error}\n  in: {instruction.text}\n  from source line {instruction.line} of "
@@ -369,6 +376,8 @@ class Crew:
         """``[count, lanes]``, 0 for lanes that are not active."""
         memory, owners = self.gang.spaces[space], self._owners[space]
         addresses = self.full(addresses)
+        if space == "shared":
+            self._count(addresses, dtype.itemsize * count)
         if self.mask is None:
             return memory.read(addresses, owners, dtype, count)
         values = np.zeros((count, self.size), dtype)
@@ -379,6 +388,7 @@ class Crew:
         """``[8, blocks, lanes]``: eight 16-bit elements of shared memory for the first lanes."""
         chosen = np.arange(self.size).reshape(-1, LANES)[:, :lanes].reshape(-1)
         addresses, owners = self.full(addresses)[chosen], self._owners["shared"][chosen]
+        self._count(addresses, 16, lanes)
         values = self.gang.spaces["shared"].read(addresses, owners, U16, 8)
         return values.reshape(8, -1, lanes)
 
@@ -386,10 +396,19 @@ class Crew:
         memory, owners = self.gang.spaces[space], self._owners[space]
         addresses = self.full(addresses)
         stacked = np.stack([self.full(v) for v in values])
+        if space == "shared":
+            self._count(addresses, stacked.itemsize * len(stacked))
         if self.mask is not None:
             addresses, owners = addresses[self.mask], owners[self.mask]
             stacked = stacked[:, self.mask]
         memory.write(addresses, owners, stacked)
+
+    def _count(self, addresses: np.ndarray, size: int, lanes: int = LANES) -> None:
+        """An access to ``size`` bytes of shared memory by the first lanes, of them the active."""
+        conflicts = self.gang.conflicts
+        if conflicts is not None:
+            active = self.active()[:, :lanes]
+            conflicts.count(self.at, addresses.reshape(-1, lanes), active, size)
 
     def exchange(
         self,
@@ -419,7 +438,9 @@ class Crew:
         lanes = np.arange(self.size) if self.mask is None else np.flatnonzero(self.mask)
         if not lanes.size:
             return
-        to, source, sizes = (self.full(v)[lanes] for v in (to, source, sizes))
+        to, source, sizes = (self.full(v) for v in (to, source, sizes))
+        self._count(to, total)
+        to, source, sizes = to[lanes], source[lanes], sizes[lanes]
         shared = self.gang.spaces["shared"]
         places = shared.places(to, self._owners["shared"][lanes], total)
         values = np.zeros((total // 4, lanes.size), U32)

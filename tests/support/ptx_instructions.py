@@ -310,10 +310,25 @@ def _unpack(instruction: Instruction, parts: tuple[Operand, ...], source: Operan
 
 @_decodes("cvta")
 def _cvta(instruction: Instruction) -> Step:
-    if instruction.modifiers[0] == "shared":
-        raise PtxError("generic addresses of shared memory are unknown")
     to, source = instruction.operands
-    return _elementwise(_put(to, "b64"), _same, [_bits(source, "b64")])
+    function = {"to.shared": _from_generic, "shared": _to_generic}.get(
+        ".".join(instruction.modifiers[:-1]), _same
+    )
+    return _elementwise(_put(to, "b64"), function, [_bits(source, "b64")])
+
+
+# Generic addresses of shared memory begin here, where no buffer is: only their arithmetic is known.
+_SHARED = U64.type(1 << 60)
+
+
+def _to_generic(address: np.ndarray) -> np.ndarray:
+    return address + _SHARED
+
+
+def _from_generic(address: np.ndarray) -> np.ndarray:
+    """All bits are set where it is none of shared memory, even if only some are used."""
+    inside = (address >= _SHARED) & (address < _SHARED + U64.type(1 << 32))
+    return np.where(inside, address - _SHARED, ~U64.type(0))
 
 
 @_decodes("createpolicy")
@@ -656,10 +671,10 @@ def _mma(instruction: Instruction) -> Step:
     def step(crew: Crew) -> None:
         crew.check_together()
         added = _stacked(crew, reads).view(dtype).reshape(crew.rows.size, -1)[:, at]
-        added = _f16_to_float(added) if halves else added.view(TYPES[of_c])
-        result = read_a(crew) @ read_b(crew).transpose(0, 2, 1) + added
-        if halves:
-            result = _float_to_f16(result)
+        added = _f16_to_float(added) if halves else added.view(F32)
+        # Summed in float64 and rounded once, as the emulator of CUDA for CPUs does.
+        result = read_a(crew) @ read_b(crew).transpose(0, 2, 1) + added.astype(F64)
+        result = _float_to_f16(result) if halves else result.astype(F32)
         lanes = result.reshape(crew.rows.size, -1)[:, back]
         words = np.ascontiguousarray(lanes).view(U32).reshape(crew.size, -1)
         for put, word in zip(puts, words.T, strict=True):
@@ -682,7 +697,7 @@ def _fragment(
 
     def read(crew: Crew) -> np.ndarray:
         elements = _stacked(crew, reads).view(bits).reshape(crew.rows.size, -1)
-        return widened(elements)[:, at]
+        return widened(elements).astype(F64)[:, at]
 
     return read
 
@@ -1212,11 +1227,16 @@ def _cvt_pair(
     return _elementwise(_put(to, target), pair, [high, low])
 
 
+def _float_to_tf32(values: np.ndarray) -> np.ndarray:
+    """To the nearest, halves away from zero. The bits of poison would wrap to those of zero."""
+    rounded = (values.view(U32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isnan(values), U32.type(0x7FFFFFFF), rounded)
+
+
 def _conversion(target: str, source: str, modifiers: list[str]) -> Function:
     dtype = TYPES[target]
     if target == "tf32":
-        # To the nearest, halves away from zero.
-        return lambda x: (x.view(U32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+        return _float_to_tf32
     rounding = [_ROUNDED[m] for m in modifiers if m in _ROUNDED]
     if target in _FLOATS:
         # The formats take float32, and round it.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from support.ptx import LANES, Kernel, WarpOrder
+from support.ptx_conflicts import ConflictCounter, SharedAccess
 from support.ptx_memory import Region
 
 # Of one block, by the architecture.
@@ -30,6 +31,8 @@ class Launch:
     # Structs as bytes, pointers as addresses.
     arguments: tuple[int | float | bytes, ...]
     stream: int = 0
+    # What was executed, where it was counted.
+    shared_accesses: tuple[SharedAccess, ...] = ()
 
 
 # To decode a long kernel takes a tenth of a second.
@@ -41,10 +44,16 @@ def _decoded(ptx: str) -> Kernel:
 class Runner:
     """Runs kernels in one way, and keeps a list of them."""
 
-    def __init__(self, warp_order: WarpOrder, edit_ptx: Callable[[str], str] | None):
+    def __init__(
+        self,
+        warp_order: WarpOrder,
+        edit_ptx: Callable[[str], str] | None,
+        count_conflicts: bool = False,
+    ):
         self.launches: list[Launch] = []
         self._warp_order = warp_order
         self._edit_ptx = edit_ptx
+        self._count_conflicts = count_conflicts
 
     def kernel(self, ptx: str) -> tuple[str, Kernel]:
         """The text as it is run, and its only kernel."""
@@ -66,14 +75,20 @@ class Runner:
         """Runs a kernel, or records it only where there are no ``buffers``."""
         edited, kernel = self.kernel(ptx)
         executed = 0
+        conflicts = ConflictCounter() if self._count_conflicts else None
         if buffers is not None:
             executed = kernel.launch(
-                grid, block, arguments, buffers, shared=shared, warp_order=self._warp_order
+                *(grid, block, arguments, buffers),
+                shared=shared,
+                warp_order=self._warp_order,
+                conflicts=conflicts,
             )
+        accesses = conflicts.listed(kernel.instructions, kernel.labels) if conflicts else ()
         warps = -(-block[0] * block[1] * block[2] // LANES)
         self.launches.append(
             Launch(
                 *(name, grid, warps, shared, executed, edited, block, tuple(arguments)),
                 stream=stream,
+                shared_accesses=accesses,
             )
         )

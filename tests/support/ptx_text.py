@@ -141,7 +141,13 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: Register | Negated | None
     text: str
+    # Of the source that it was compiled from, and of the PTX.
     line: int
+    text_line: int
+
+    @property
+    def opcode(self) -> str:
+        return ".".join((self.name, *self.modifiers))
 
     @property
     def type(self) -> str:
@@ -185,7 +191,7 @@ class Text:
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-_LINE = re.compile(r"^\s*\.loc\s+\d+\s+(\d+)[^\n]*$", re.M)
+_LINE = re.compile(r"^[^\S\n]*\.loc\s+\d+\s+(\d+)[^\n]*$", re.M)
 _BRACE = re.compile(r"[{}]")
 _ENTRY = re.compile(r"(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
 _FUNCTION = re.compile(r"(?:\.(?:visible|weak|extern)\s+)?\.func\b[^{;]*([{;])")
@@ -214,7 +220,7 @@ def parse(source: str, name: str | None = None) -> Text:
         if name not in kernels:
             raise PtxError(f"no kernel {name} in the text")
         source = kernels[name]
-    source = _LINE.sub(r".loc \1;", _COMMENT.sub("", source))
+    source = _LINE.sub(r".loc \1;", _without_comments(source))
     entries = list(_ENTRY.finditer(source))
     if len(entries) != 1:
         raise PtxError(f"{len(entries)} kernels in the text to choose from, not one")
@@ -230,13 +236,19 @@ def parse(source: str, name: str | None = None) -> Text:
         limits.get("maxntid", 1024),
     )
     body = source[entry.end() : _closing(source, entry.end())]
-    _Parser(text, _variables(text, source)).read(body)
+    first_line = source.count("\n", 0, entry.end()) + 1
+    _Parser(text, _variables(text, source)).read(body, first_line)
     return text
+
+
+def _without_comments(source: str) -> str:
+    """With as many lines as before."""
+    return _COMMENT.sub(lambda comment: "\n" * comment.group().count("\n"), source)
 
 
 def split(source: str) -> dict[str, str]:
     """By the name of each kernel in ``source`` a text with it and what all kernels share."""
-    source = _COMMENT.sub("", source)
+    source = _without_comments(source)
     shared, start = [], 0
     kernels = {}
     while found := _OUTERMOST.search(source, start):
@@ -331,18 +343,22 @@ class _Parser:
         self._text = text
         self._addresses = addresses
         self._scopes = [_Scope()]
-        self._line = 0
+        self._line = self._text_line = 0
         # The labels that a brx.idx goes to, by the name of their list.
         self._targets: dict[str, tuple[Name, ...]] = {}
 
-    def read(self, body: str) -> None:
-        at = 0
+    def read(self, body: str, first_line: int) -> None:
+        at = before = 0
+        self._text_line = first_line
         body = body.rstrip()
         while at < len(body):
             statement = _STATEMENT.match(body, at)
             if statement is None:
                 raise PtxError(f"cannot read: {body[at : at + 80].strip()}")
             at = statement.end()
+            begins = statement.start(statement.lastindex)
+            self._text_line += body.count("\n", before, begins)
+            before = begins
             label, brace, rest = statement.groups()
             if label:
                 last = label
@@ -407,7 +423,7 @@ class _Parser:
             parsed = tuple(self._operand(o) for o in _split(operands))
         except PtxError as error:
             raise PtxError(f"{error}, in: {text}") from None
-        return Instruction(name, tuple(modifiers), parsed, guard, text, self._line)
+        return Instruction(name, tuple(modifiers), parsed, guard, text, self._line, self._text_line)
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):

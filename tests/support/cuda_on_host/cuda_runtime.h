@@ -92,7 +92,20 @@ struct Site {
   int line;
 };
 
-enum class WarpCall { kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kSync };
+enum class WarpCall {
+  kShuffle,
+  kShuffleUp,
+  kShuffleDown,
+  kShuffleXor,
+  kBallot,
+  kSync,
+  // Of ptx_on_host.h: of all lanes, whose values point to what they bring.
+  kLoadMatrices,
+  kLoadTransposedMatrices,
+  kMultiplyBfloat16,
+  kMultiplyHalf,
+  kMultiplyTf32,
+};
 
 void wait_for_block(Site site);
 // What the lane gets when all lanes of `mask` have called.
@@ -151,12 +164,12 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, CUDA_ON_HOS
                                {file, line});
 }
 
-#undef CUDA_ON_HOST_SITE
-
 template <class T>
 T __ldg(const T* at) {
   return *at;
 }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Puts a kernel through its launch. Throws std::runtime_error where the kernel does what CUDA
 // forbids; the launch has then stopped halfway.

@@ -5,10 +5,14 @@
 // launch run one after another, in the order that cuda_on_host_order() sets, as the threads do.
 // What CUDA leaves undefined is thrown out of cudaLaunchKernelEx as std::runtime_error.
 //
+// An asynchronous copy lands, in ascending order, only where its thread waits for it, and in
+// descending order, at once; in random order, either. Both show what lacks synchronisation.
+//
 // This file is never instrumented: what it does is no access of the kernels. With
 // CUDA_ON_HOST_ADDRESS or CUDA_ON_HOST_THREAD it tells AddressSanitizer or ThreadSanitizer of
 // fibers, of shared memory, and of the order that CUDA gives: the threads that meet at a barrier or
-// a warp call are ordered by it, blocks not at all, and a launch comes after the one before.
+// a warp call are ordered by it, blocks not at all, and a launch comes after the one before. The
+// calls of ptx_on_host.h give no order.
 
 #include <sys/mman.h>
 
@@ -20,7 +24,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_runtime.h"
+#include "ptx_on_host.h"
 
 #ifdef CUDA_ON_HOST_ADDRESS
 #include <sanitizer/asan_interface.h>
@@ -110,7 +114,12 @@ class Context {
 
 #endif
 
-enum class State { kReady, kAtBarrier, kAtWarpCall, kReturned };
+enum class State { kReady, kAtBarrier, kAtWarpCall, kRefused, kReturned };
+
+struct CopyOfGroup {
+  Copy copy;
+  uint64_t group;
+};
 
 struct Thread {
   Context context;
@@ -124,6 +133,10 @@ struct Thread {
   uint64_t value;
   int operand, width;
   uint64_t result;
+  // Of the call that is refused.
+  const char *name, *why;
+  std::vector<CopyOfGroup> copies;  // on their way
+  uint64_t groups;
   void* sanitizers;  // its fake stack, or what ThreadSanitizer knows it by
 };
 
@@ -138,6 +151,7 @@ struct {
   std::vector<Thread> threads;
   Thread* current;
   Context scheduler;
+  size_t shared;
   char* stacks = nullptr;
   int order = 0;
   std::mt19937 random;
@@ -152,7 +166,18 @@ const char* name(WarpCall call) {
     case WarpCall::kShuffleDown: return "__shfl_down_sync";
     case WarpCall::kShuffleXor: return "__shfl_xor_sync";
     case WarpCall::kBallot: return "__ballot_sync";
-    default: return "__syncwarp";
+    case WarpCall::kSync: return "__syncwarp";
+    case WarpCall::kLoadMatrices:
+    case WarpCall::kLoadTransposedMatrices: return "load_matrices";
+    default: return "multiply_add";
+  }
+}
+
+const char* name(const Thread& thread) {
+  switch (thread.state) {
+    case State::kAtBarrier: return "__syncthreads";
+    case State::kRefused: return thread.name;
+    default: return name(thread.call);
   }
 }
 
@@ -172,8 +197,7 @@ std::string hexadecimal(unsigned mask) {
 bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 [[noreturn]] void refuse(const Thread& thread, const std::string& what) {
-  const std::string where = thread.state == State::kAtBarrier ? "__syncthreads" : name(thread.call);
-  throw std::runtime_error(text(thread.site) + ": " + where + " " + what + " (block " +
+  throw std::runtime_error(text(thread.site) + ": " + name(thread) + " " + what + " (block " +
                            text(blockIdx) + ", thread " + text(thread.index) + ")");
 }
 
@@ -198,6 +222,18 @@ void as_thread(const Thread& thread, void (*act)(void*), void* on) {
   __tsan_switch_to_fiber(scheduler_fiber, __tsan_switch_to_fiber_no_sync);
 }
 #endif
+
+// What a fiber does to memory that is the scheduler's, and that is moved and freed as such.
+struct AsScheduler {
+#ifdef CUDA_ON_HOST_THREAD
+  AsScheduler() { __tsan_switch_to_fiber(scheduler_fiber, __tsan_switch_to_fiber_no_sync); }
+  ~AsScheduler() {
+    __tsan_switch_to_fiber(emulator.current->sanitizers, __tsan_switch_to_fiber_no_sync);
+  }
+#else
+  AsScheduler() {}
+#endif
+};
 
 // All that any of them did comes before all that any of them will do.
 void order_by_meeting(const std::vector<Thread*>& threads) {
@@ -294,6 +330,8 @@ void start_threads() {
     const unsigned row = unsigned(i) / blockDim.x;
     thread.index = {unsigned(i) % blockDim.x, row % blockDim.y, row / blockDim.y};
     thread.state = State::kReady;
+    thread.copies.clear();
+    thread.groups = 0;
     size_t stack = i;
     thread.sanitizers = nullptr;
 #ifdef CUDA_ON_HOST_THREAD
@@ -336,6 +374,72 @@ std::vector<uint64_t> in_order(uint64_t count) {
   return numbers;
 }
 
+// Writes what each lane gets to where it says, out of what all have brought.
+using Combination = void (*)(void* const* lanes);
+
+template <bool TRANSPOSED>
+void exchange_matrices(void* const* lanes) {
+  const auto element = [&](unsigned matrix, unsigned row, unsigned column) {
+    return uint32_t(static_cast<MatrixRow*>(lanes[8 * matrix + row])->elements[column]);
+  };
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    uint32_t* const out = static_cast<MatrixRow*>(lanes[lane])->out;
+    const unsigned i = lane / 4, j = lane % 4 * 2;
+    for (unsigned matrix = 0; matrix < 4; ++matrix)
+      out[matrix] = TRANSPOSED ? element(matrix, j, i) | element(matrix, j + 1, i) << 16
+                               : element(matrix, i, j) | element(matrix, i, j + 1) << 16;
+  }
+}
+
+double to_double(uint32_t bits, __nv_bfloat16) { return __bfloat162float({uint16_t(bits)}); }
+double to_double(uint32_t bits, __half) { return __half2float({uint16_t(bits)}); }
+
+// Tensor cores read the upper 19 bits.
+double to_double(uint32_t bits, float) {
+  bits &= 0xffffe000;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// In double, where products are exact; rounded once.
+template <class T>
+void multiply(void* const* lanes) {
+  constexpr unsigned kEach = 4 / sizeof(T), kDepth = 8 * kEach;
+  double a[16][kDepth], b[kDepth][8];
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    const Product& own = *static_cast<Product*>(lanes[lane]);
+    const unsigned i = lane / 4, j = lane % 4 * kEach;
+    for (unsigned e = 0; e < kEach; ++e) {
+      for (unsigned r = 0; r < 4; ++r)
+        a[i + r % 2 * 8][j + r / 2 * 4 * kEach + e] = to_double(own.a[r] >> 16 * e, T{});
+      for (unsigned r = 0; r < 2; ++r)
+        b[j + r * 4 * kEach + e][i] = to_double(own.b[r] >> 16 * e, T{});
+    }
+  }
+  double sums[16][8] = {};
+  for (unsigned m = 0; m < 16; ++m)
+    for (unsigned k = 0; k < kDepth; ++k)
+      for (unsigned n = 0; n < 8; ++n) sums[m][n] += a[m][k] * b[k][n];
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    float* const own = static_cast<Product*>(lanes[lane])->sums;
+    for (unsigned r = 0; r < 4; ++r)
+      own[r] = float(sums[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2] + own[r]);
+  }
+}
+
+// Null of a call by some lanes.
+Combination combination(WarpCall call) {
+  switch (call) {
+    case WarpCall::kLoadMatrices: return exchange_matrices<false>;
+    case WarpCall::kLoadTransposedMatrices: return exchange_matrices<true>;
+    case WarpCall::kMultiplyBfloat16: return multiply<__nv_bfloat16>;
+    case WarpCall::kMultiplyHalf: return multiply<__half>;
+    case WarpCall::kMultiplyTf32: return multiply<float>;
+    default: return nullptr;
+  }
+}
+
 class Warp {
  public:
   explicit Warp(size_t number)
@@ -349,11 +453,17 @@ class Warp {
       if (threads_[lane].state != State::kReady) continue;
       resume(threads_[lane]);
       stepped = true;
+      if (threads_[lane].state == State::kRefused) refuse(threads_[lane], threads_[lane].why);
       if (threads_[lane].state == State::kAtWarpCall) check_call(lane);
     }
-    for (unsigned lane = 0; lane < size_; ++lane)
-      if (threads_[lane].state == State::kAtWarpCall && all_called(threads_[lane]))
-        answer(threads_[lane].mask);
+    for (unsigned lane = 0; lane < size_; ++lane) {
+      const Thread& thread = threads_[lane];
+      if (thread.state != State::kAtWarpCall || !all_called(thread)) continue;
+      if (const Combination combine = combination(thread.call))
+        answer_together(combine);
+      else
+        answer(thread.mask);
+    }
     return stepped;
   }
 
@@ -428,6 +538,15 @@ class Warp {
     }
     for (Thread* thread : group) thread->state = State::kReady;
     order_by_meeting(group);
+  }
+
+  void answer_together(Combination combine) {
+    void* lanes[kWarp];
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      lanes[lane] = reinterpret_cast<void*>(threads_[lane].value);
+      threads_[lane].state = State::kReady;
+    }
+    combine(lanes);
   }
 
   std::string whereabouts(unsigned lane) const {
@@ -512,6 +631,23 @@ cudaError_t remember(cudaError_t error) {
   return error;
 }
 
+// Ends the launch: what is thrown on a fiber goes nowhere.
+void give_up(const char* name, const char* why, Site site) {
+  Thread& thread = *emulator.current;
+  thread.state = State::kRefused;
+  thread.name = name;
+  thread.why = why;
+  thread.site = site;
+  leave_fiber();
+}
+
+bool aligned(const void* at, size_t bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; }
+
+bool in_shared(const void* at, size_t bytes) {
+  const uintptr_t offset = uintptr_t(at) - uintptr_t(cuda_on_host_arena + kMargin);
+  return offset <= emulator.shared && emulator.shared - offset >= bytes;
+}
+
 }  // namespace
 
 void wait_for_block(Site site) {
@@ -534,6 +670,41 @@ uint64_t wait_for_warp(WarpCall call, unsigned mask, uint64_t value, int operand
   return thread.result;
 }
 
+bool begin_copy(const Copy& copy, Site site) {
+  if (!in_shared(copy.to, copy.bytes))
+    give_up("copy_async", "writes outside of shared memory", site);
+  if (!aligned(copy.to, copy.bytes))
+    give_up("copy_async", "writes where it is not aligned to its size", site);
+  if (copy.real && !aligned(copy.from, copy.bytes))
+    give_up("copy_async", "reads where it is not aligned to its size", site);
+  if (emulator.order == 1 || (emulator.order == 2 && emulator.random() % 2)) return true;
+  const AsScheduler as_scheduler;
+  emulator.current->copies.push_back({copy, emulator.current->groups});
+  return false;
+}
+
+void commit_copies() { ++emulator.current->groups; }
+
+bool end_copy(uint64_t pending, Copy* copy) {
+  Thread& thread = *emulator.current;
+  auto& copies = thread.copies;
+  if (copies.empty() || copies[0].group + pending >= thread.groups) return false;
+  // The last of the first group: groups end in order, what is in them does not.
+  const auto end = std::find_if(copies.begin(), copies.end(), [&](const CopyOfGroup& other) {
+    return other.group != copies[0].group;
+  });
+  *copy = (end - 1)->copy;
+  const AsScheduler as_scheduler;
+  copies.erase(end - 1);
+  return true;
+}
+
+void check_matrix_row(const void* row, Site site) {
+  if (!in_shared(row, 16)) give_up("load_matrices", "reads outside of shared memory", site);
+  if (!aligned(row, 16))
+    give_up("load_matrices", "reads where it is not aligned to 16 bytes", site);
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   if (check(config) != cudaSuccess) return remember(check(config));
   const std::lock_guard<std::mutex> alone(emulator.busy);
@@ -543,6 +714,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
       {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared});
   make_stacks();
   emulator.thread = &thread;
+  emulator.shared = shared;
   emulator.threads.assign(size_t(block.x) * block.y * block.z, Thread{});
   gridDim = grid;
   blockDim = block;

@@ -7,9 +7,13 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "ptx.cuh"
+
 extern __shared__ float4 fastgan_shared[];
 
 namespace {
+
+using namespace fastgan;
 
 __device__ float* shared_floats() { return reinterpret_cast<float*>(fastgan_shared); }
 __device__ int global_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
@@ -91,6 +95,77 @@ __global__ void unwritten(const float*, float* y, int) {
   y[global_thread()] = shared_floats()[threadIdx.x];
 }
 
+enum Lacks { kNothing, kCommit, kWait, kGroup, kBarrier, kOrder };
+
+// y: each tile of x turned round, or zeros from n on. Threads copy kWidth floats of each tile, and
+// kStages - 1 tiles ahead.
+template <int kStages, int kWidth, Lacks kLacks>
+__global__ void pipeline(const float* x, float* y, int n) {
+  const int tile = kWidth * blockDim.x, tiles = (n + tile - 1) / tile, own = kWidth * threadIdx.x;
+  const auto fetch = [&](int i) {
+    const int at = i * tile + own;
+    const bool real = at < n;
+    // What is not real is not read.
+    const void* const from = real ? x + at : reinterpret_cast<const float*>(1);
+    if (i < tiles) copy_async<4 * kWidth>(shared_floats() + i % kStages * tile + own, from, real);
+    if (kLacks != kCommit) commit_copies();
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch(i);
+  for (int i = 0; i < tiles; ++i) {
+    if (kLacks != kWait) wait_for_copies<kStages - 2 + (kLacks == kGroup)>();
+    if (kLacks == kOrder) fetch(i + kStages - 1);
+    if (kLacks != kBarrier) __syncthreads();
+    if (kLacks != kOrder) fetch(i + kStages - 1);
+    for (int j = threadIdx.x; j < tile; j += blockDim.x)
+      y[i * tile + j] = shared_floats()[i % kStages * tile + tile - 1 - j];
+  }
+}
+
+// y: what a copy has of a number that changes before the copy is waited for.
+__global__ void copies_what_changes(const float* x, float* y, int) {
+  float* const from = y + global_thread();
+  *from = x[global_thread()];
+  copy_async<4>(shared_floats() + threadIdx.x, from, true);
+  commit_copies();
+  *from = 9.0f;
+  wait_for_copies<0>();
+  *from = shared_floats()[threadIdx.x];
+}
+
+// y: what a block has of the copies that the block before did not wait for.
+__global__ void leaves_copies(const float* x, float* y, int) {
+  wait_for_copies<0>();
+  y[global_thread()] = shared_floats()[threadIdx.x];
+  __syncthreads();
+  copy_async<4>(shared_floats() + threadIdx.x, x, true);
+  commit_copies();
+}
+
+// y: the registers that a warp gets of 32 rows, which are in shared memory in another order.
+template <bool kTransposed, bool kSync>
+__global__ void matrices(const float* x, float* y, int) {
+  char* const rows = reinterpret_cast<char*>(shared_floats());
+  const int lane = threadIdx.x;
+  std::memcpy(rows + 16 * lane, x + 4 * lane, 16);
+  if (kSync) __syncwarp();
+  uint32_t registers[4];
+  load_matrices<kTransposed>(rows + (5 * lane + 3) % 32 * 16, registers);
+  std::memcpy(y + 4 * lane, registers, sizeof registers);
+}
+
+// y: the sums; x: for each lane what it holds of A, of B, and of the sums before.
+template <class T>
+__global__ void products(const float* x, float* y, int) {
+  uint32_t a[4], b[2];
+  float sums[4];
+  const float* const own = x + 10 * global_thread();
+  std::memcpy(a, own, sizeof a);
+  std::memcpy(b, own + 4, sizeof b);
+  std::memcpy(sums, own + 6, sizeof sums);
+  multiply_add<T>(a, b, sums);
+  std::memcpy(y + 4 * global_thread(), sums, sizeof sums);
+}
+
 // What the emulator refuses, from here on.
 
 __global__ void some_at_barrier(const float*, float*, int) {
@@ -143,6 +218,58 @@ __global__ void two_shuffles(const float* x, float* y, int) {
 
 __global__ void width_of_five(const float* x, float* y, int) {
   y[threadIdx.x] = __shfl_sync(0xffffffffu, x[0], 0, 5);  // refused: width_of_five
+}
+
+__global__ void copies_to_misaligned(const float* x, float*, int) {
+  copy_async<8>(shared_floats() + 1, x, true);  // refused: copies_to_misaligned
+}
+
+__global__ void copies_from_misaligned(const float* x, float*, int) {
+  copy_async<16>(shared_floats(), x + 2, true);  // refused: copies_from_misaligned
+}
+
+__global__ void copies_past_shared(const float* x, float*, int) {
+  copy_async<4>(shared_floats() + threadIdx.x + 1, x, true);  // refused: copies_past_shared
+}
+
+__global__ void copies_before_shared(const float* x, float*, int) {
+  copy_async<4>(shared_floats() - 1, x, true);  // refused: copies_before_shared
+}
+
+__global__ void copies_to_global(const float* x, float* y, int) {
+  copy_async<4>(y, x, false);  // refused: copies_to_global
+}
+
+__global__ void matrices_misaligned(const float*, float*, int) {
+  uint32_t out[4];
+  load_matrices<false>(shared_floats() + 2, out);  // refused: matrices_misaligned
+}
+
+__global__ void matrices_past_shared(const float*, float*, int) {
+  uint32_t out[4];
+  load_matrices<true>(shared_floats() + blockDim.x, out);  // refused: matrices_past_shared
+}
+
+__global__ void matrices_without_lane(const float*, float*, int) {
+  uint32_t out[4];
+  if (threadIdx.x % 32 == 31) return;
+  load_matrices<false>(shared_floats(), out);  // refused: matrices_without_lane
+}
+
+__global__ void product_without_lane(const float*, float*, int) {
+  const uint32_t a[4] = {}, b[2] = {};
+  float sums[4] = {};
+  if (threadIdx.x % 32 == 3) __syncthreads();
+  multiply_add<float>(a, b, sums);  // refused: product_without_lane
+}
+
+__global__ void two_products(const float*, float*, int) {
+  const uint32_t a[4] = {}, b[2] = {};
+  float sums[4] = {};
+  if (threadIdx.x < 16)
+    multiply_add<__half>(a, b, sums);  // refused: two_products
+  else
+    multiply_add<__half>(a, b, sums);
 }
 
 // What the sanitizers find, from here on.
@@ -214,6 +341,24 @@ __global__ void race_with_block_before(const float* x, float* y, int) {
   y[blockIdx.x * 2 + 1] = y[blockIdx.x * 2];
 }
 
+__global__ void copies_past_end(const float* x, float*, int) {
+  copy_async<16>(shared_floats() + 4 * threadIdx.x, x + 4 * threadIdx.x, true);
+  commit_copies();
+  wait_for_copies<0>();
+}
+
+// Lanes that multiply together have no order by that, nor by loading what they multiply.
+__global__ void race_over_product(const float* x, float* y, int) {
+  uint32_t a[4];
+  float sums[4] = {};
+  load_matrices<false>(shared_floats(), a);
+  shared_floats()[32 + threadIdx.x] = x[threadIdx.x];
+  const uint32_t b[2] = {a[0], a[1]};
+  multiply_add<__nv_bfloat16>(a, b, sums);
+  load_matrices<false>(shared_floats(), a);
+  y[threadIdx.x] = shared_floats()[63 - threadIdx.x];
+}
+
 struct {
   const char* name;
   void (*kernel)(const float*, float*, int);
@@ -234,6 +379,22 @@ struct {
     TOY(halves),
     TOY(grid_of_blocks),
     TOY(unwritten),
+    TOY(pipeline<2, 1, kNothing>),
+    TOY(pipeline<3, 2, kNothing>),
+    TOY(pipeline<4, 4, kNothing>),
+    TOY(pipeline<3, 4, kCommit>),
+    TOY(pipeline<3, 4, kWait>),
+    TOY(pipeline<3, 4, kGroup>),
+    TOY(pipeline<3, 4, kBarrier>),
+    TOY(pipeline<3, 4, kOrder>),
+    TOY(copies_what_changes),
+    TOY(leaves_copies),
+    TOY(matrices<false, true>),
+    TOY(matrices<true, true>),
+    TOY(matrices<false, false>),
+    TOY(products<__nv_bfloat16>),
+    TOY(products<__half>),
+    TOY(products<float>),
     TOY(some_at_barrier),
     TOY(two_barriers),
     TOY(barrier_and_shuffle),
@@ -244,6 +405,16 @@ struct {
     TOY(other_masks),
     TOY(two_shuffles),
     TOY(width_of_five),
+    TOY(copies_to_misaligned),
+    TOY(copies_from_misaligned),
+    TOY(copies_past_shared),
+    TOY(copies_before_shared),
+    TOY(copies_to_global),
+    TOY(matrices_misaligned),
+    TOY(matrices_past_shared),
+    TOY(matrices_without_lane),
+    TOY(product_without_lane),
+    TOY(two_products),
     TOY(writes_past_end),
     TOY(reads_before_start),
     TOY(past_shared),
@@ -256,6 +427,8 @@ struct {
     TOY(race_after_barrier),
     TOY(race_of_blocks),
     TOY(race_with_block_before),
+    TOY(copies_past_end),
+    TOY(race_over_product),
 #undef TOY
 };
 
@@ -298,4 +471,8 @@ VISIBLE void toy_from_float(const float* x, uint16_t* half, uint16_t* bfloat16, 
     half[i] = __float2half_rn(x[i]).bits;
     bfloat16[i] = __float2bfloat16_rn(x[i]).bits;
   }
+}
+
+VISIBLE void toy_to_tf32(const float* x, uint32_t* bits, size_t n) {
+  for (size_t i = 0; i < n; ++i) bits[i] = to_tf32(x[i]);
 }
