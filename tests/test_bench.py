@@ -330,7 +330,8 @@ def test_the_table_says_where_more_was_allowed():
     assert last.startswith("  fastgan cpp was allowed to differ") and "0.02 (numbers)" in last
 
 
-def test_a_gpu_says_which_float32_it_had(monkeypatch):
+def test_a_gpu_says_which_float32_it_had(monkeypatch, fp32_precision):
+    fp32_precision("tf32")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     record = _record(1)
     record["machine"] = machine.describe(torch.device("cuda"))

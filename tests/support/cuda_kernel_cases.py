@@ -550,11 +550,13 @@ _DOTS = {"dots": _dots(4, 3, 7, 3), "dots of 8": _dots(5, 1, 72, 4)}
 # classes can have.
 _CONV = {
     "4x4": Sides(2, 24, 5, 7, 40),
+    "4x4, whole": Sides(2, 32, 3, 5, 64),
     "4x4, odd": Sides(2, 5, 4, 3, 7),
     "4x4, odd low": Sides(2, 13, 3, 5, 24),
     "4x4, odd high": Sides(2, 72, 3, 5, 3),
     "5x5": Sides(2, 16, 3, 4, 24, (5, 5), 2, 2, (1, 1)),
     "3x3": Sides(2, 32, 5, 6, 32, (3, 3), 1, 1),
+    "3x3 in strides": Sides(2, 32, 3, 4, 32, (3, 3), 2, 1, (1, 0)),
     "1x1 in strides": Sides(3, 16, 3, 2, 8, (1, 1), 2, 0, (1, 0)),
     "2x5 in threes": Sides(2, 8, 3, 3, 8, (2, 5), 3, 2, (1, 2)),
     "product": Sides(70, 72, 1, 1, 8, (4, 4), 1, 0),
@@ -574,10 +576,11 @@ _WAYS = {
 _MOST_TAPS = Sides(2, 1, 3, 2, 2, (16, 16), 1, 7)
 _DIRECTIONS = ("fprop", "dgrad", "wgrad")
 _TILES = ((64, 64), (128, 64), (128, 128))
-# For each direction more rows and columns than the largest tile has, and whole stages.
+# For each direction more rows and columns than the largest tile has, and whole stages, more than
+# are on their way at a time.
 _LARGER = {
     "fprop": Sides(2, 136, 9, 16, 32, (2, 2), 2, 0),
-    "dgrad": Sides(2, 32, 9, 8, 136, (2, 2), 2, 0),
+    "dgrad": Sides(2, 32, 9, 8, 136),
     "wgrad": Sides(2, 136, 9, 8, 40, (2, 2), 2, 0),
 }
 # As many rows as make the statistics' tiles large.
@@ -649,7 +652,7 @@ def _products(dtype: str) -> dict[str, Case]:
             "4x4, dgrad, bias": forward(dtype, sides, "dgrad", "tanh", bias=True),
             "product, dgrad, bias": forward(dtype, _CONV["product"], "dgrad", "relu", bias=True),
         }
-        for name in ("4x4, odd", "5x5"):
+        for name in ("4x4, odd", "5x5", "3x3 in strides"):
             sides = _CONV[name]
             found |= {
                 f"{name}, fprop, infinite": forward(dtype, sides, "fprop", infinite=True),

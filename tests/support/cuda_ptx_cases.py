@@ -22,6 +22,8 @@ from support.ptx_memory import PtxError
 from support.ptx_runs import ORDERS, Edit, Outcome, count, serve, without
 
 KERNELS = "kernels"
+# All but one that takes a tenth of the time, and differs in its size alone.
+EXECUTED = tuple(name for name in CASES if name != "many rows, dgrad bfloat16")
 _PRODUCT = re.compile(r"\bmma\.sync\.[\w.]+")
 # A case for each kernel with a barrier, which is wrong in some order without it.
 FAULTS = {
@@ -41,9 +43,13 @@ FAULTS = {
 COPYING = tuple(name for name in FAULTS if name.startswith("conv_"))
 WITHOUT_BARRIER = "without a barrier: "
 WITHOUT_WAIT = "without a wait: "
+WITHOUT_SWIZZLE = "without a swizzle: "
 ERRORS = ("refused launch", "no such device", "recorded")
-# Accesses of shared memory in a main loop.
-_OF_PRODUCTS = ("ldmatrix", "cp.async", "ld.shared.u32", "ld.shared.b32", "ld.shared.f32")
+# Accesses of shared memory that bring what is multiplied.
+_OF_PRODUCTS = (
+    *("cp.async", "st.shared.u16", "ldmatrix"),
+    *("ld.shared.u32", "ld.shared.b32", "ld.shared.f32"),
+)
 
 
 def run(
@@ -57,13 +63,13 @@ def run(
 
 
 def in_products(launches: list[Launch]) -> list[SharedAccess]:
-    """The accesses of shared memory that make products, those in loops and in what is peeled."""
+    """The accesses of shared memory in loops, and of the products' in what is unrolled."""
     return [
         access
         for launch in launches
         if launch.name.startswith(COPYING)
         for access in launch.shared_accesses
-        if access.opcode.startswith(_OF_PRODUCTS)
+        if access.in_loop or access.opcode.startswith(_OF_PRODUCTS)
     ]
 
 
@@ -107,6 +113,19 @@ def planted(kernel: str, opcode: str) -> Outcome:
         except PtxError as error:
             found[order] = [str(error)]
     return {"wrong": found}
+
+
+def without_swizzle(kernel: str) -> Outcome:
+    """The conflicts of a kernel where each exclusive or gives one of what it is given."""
+    case = CASES[f"{FAULTS[kernel]} bfloat16"]
+    found = []
+    for which in (2, 3):
+        edit = functools.partial(
+            re.sub, r"\bxor\.b32\s+(%\w+), (%\w+), (%?-?\w+);", rf"mov.b32 \1, \{which};"
+        )
+        _, launches = run(case, ORDERS[0], in_kernel(kernel, edit), count_conflicts=True)
+        found += conflicting(in_products(launches))
+    return {"conflicts": found}
 
 
 def kernels() -> Outcome:
@@ -162,12 +181,13 @@ def recorded() -> Outcome:
 
 def cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
     yield KERNELS, kernels
-    for name in CASES:
+    for name in EXECUTED:
         yield name, functools.partial(compared, name)
     for kernel in FAULTS:
         yield WITHOUT_BARRIER + kernel, functools.partial(planted, kernel, "bar.sync")
     for kernel in COPYING:
         yield WITHOUT_WAIT + kernel, functools.partial(planted, kernel, "cp.async.wait_group")
+        yield WITHOUT_SWIZZLE + kernel, functools.partial(without_swizzle, kernel)
     yield from zip(ERRORS, (refused_launch, no_such_device, recorded), strict=True)
 
 
