@@ -22,7 +22,9 @@ void check_thin(const Call& call, const ConvShape& s) {
                          " channels and a kernel of 4x4 with stride 2 and padding 1: not " +
                          std::to_string(s.ch) + " channels, " + std::to_string(s.kernel_h) + "x" +
                          std::to_string(s.kernel_w) + ", " + std::to_string(s.stride) + ", " +
-                         std::to_string(s.padding));
+                         std::to_string(s.padding) + " from " + std::to_string(s.h) + "x" +
+                         std::to_string(s.w) + " to " + std::to_string(s.high_h) + "x" +
+                         std::to_string(s.high_w));
 }
 
 void check_dots(const Call& call, const ConvShape& s) {
@@ -145,6 +147,7 @@ auto conv_forward(const Forward& c) {
     ConvEpilogue end{call.per_channel("bias", bias, channels), call.act(activation, negative_slope),
                      nullptr, groups};
     const int tiles = c.stats_tiles(s.shape, groups);
+    call.require(!stats || tiles, "stats should be None: dot products have none");
     if (stats) end.stats = call.floats("stats", *stats, {tiles, 3, channels});
     c.run(call.on(stream), s.shape, call.dtype(), product, c.transposed ? s.low : s.high, s.weight,
           end, c.transposed ? s.high : s.low);

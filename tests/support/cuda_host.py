@@ -167,7 +167,8 @@ def build(
 def _object(root: Path, folder: Path, source: Path, flags: list[str]) -> Path:
     """``source`` compiled; where it stands does not count, so that copies find each other's."""
     compile_it = [*flags, "-x", "c++", source]
-    preprocessed = _gpp([*compile_it, "-E"], root)
+    # With -g it would name the folder that it runs in.
+    preprocessed = _gpp([*compile_it, "-fno-working-directory", "-E"], root)
     key = hashlib.sha256("\0".join([_compiler(), *map(str, flags), preprocessed]).encode())
     target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
     if not target.exists():
