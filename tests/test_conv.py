@@ -58,10 +58,10 @@ def ways(sizes):
     return (*WINOGRADS, *(["thin"] if sizes.ch <= 4 else []), "torch")
 
 
-def kernels_of(sizes, groups=0):
+def kernels_of(sizes, groups=0, kind=ops._Cpp):
     step = sizes.stride, sizes.padding
     problem = ops._problem(sizes.low, sizes.high, sizes.weight, *step, groups)
-    return ops._Cpp(problem, torch.float32)
+    return kind(problem, torch.float32)
 
 
 SMALL = (
@@ -103,16 +103,13 @@ def cases(all_sizes):
     ]
 
 
-def run(way, direction, sizes, low, high, weight, epilogue=None, groups=0):
-    kernels = kernels_of(sizes, groups)
+def run(way, direction, sizes, low, high, weight, epilogue=None, groups=0, kind=ops._Cpp):
+    kernels = kernels_of(sizes, groups, kind)
     if direction == "wgrad":
-        out = kernels.wgrad(way, low, high)
-    else:
-        transposed = direction == "dgrad"
-        x = low if transposed else high
-        epilogue = epilogue or ops._Epilogue()
-        out = kernels.forward(way, transposed, x, weight, epilogue)
-    return out
+        return kernels.wgrad(way, low, high)
+    transposed = direction == "dgrad"
+    x = low if transposed else high
+    return kernels.forward(way, transposed, x, weight, epilogue or ops._Epilogue())
 
 
 def check_kernel(sizes, way):
@@ -541,19 +538,12 @@ def test_cuda_op_with_each_activation(nan_outputs, transposed, sizes, activation
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("sizes", [Sizes(3, 80, 5, 7, 96), projection(70, 80, 16, (3, 3))], ids=ids)
 def test_every_tile_of_cuda(nan_outputs, sizes, direction):
-    problem = ops._problem(sizes.low, sizes.high, sizes.weight, sizes.stride, sizes.padding, 1)
-    kernels = ops._Cuda(problem, torch.float32)
     want, own = truth(direction, sizes)
-    low, high, weight = (x.to(GPU_DEVICE) for x in operands(sizes))
-    transposed = direction == "dgrad"
-    ways = kernels.ways(direction)
+    tensors = [x.to(GPU_DEVICE) for x in operands(sizes)]
+    ways = kernels_of(sizes, kind=ops._Cuda).ways(direction)
     assert len(ways) > 1
     for way in ways:
-        if direction == "wgrad":
-            got = kernels.wgrad(way, low, high)
-        else:
-            given = low if transposed else high
-            got = kernels.forward(way, transposed, given, weight, ops._Epilogue())
+        got = run(way, direction, sizes, *tensors, kind=ops._Cuda)
         assert error(got.cpu(), want) <= limit(own, want, 4), way
 
 
@@ -563,16 +553,8 @@ def test_tf32_of_cuda(nan_outputs, fp32_precision, direction):
     """Operands of 11 bits: off by no more, and by no less than what three passes leave."""
     fp32_precision("tf32")
     sizes = Sizes(3, 24, 5, 7, 40)
-    problem = ops._problem(sizes.low, sizes.high, sizes.weight, sizes.stride, sizes.padding)
-    kernels = ops._Cuda(problem, torch.float32)
-    low, high, weight = (x.to(GPU_DEVICE) for x in operands(sizes))
-    way = kernels.ways(direction)[0]
-    if direction == "wgrad":
-        got = kernels.wgrad(way, low, high)
-    else:
-        transposed = direction == "dgrad"
-        given = low if transposed else high
-        got = kernels.forward(way, transposed, given, weight, ops._Epilogue())
+    way = kernels_of(sizes, kind=ops._Cuda).ways(direction)[0]
+    got = run(way, direction, sizes, *(x.to(GPU_DEVICE) for x in operands(sizes)), kind=ops._Cuda)
     assert 1e-5 < error(got.cpu(), truth(direction, sizes)[0]) <= TF32
 
 

@@ -166,7 +166,9 @@ FAULTS = {
         "bn of 8",
     ),
     "a window too many": Fault(
-        Edit("conv_fprop.cu", "if (line < rows)", "if (line <= rows)"), "4x4, fprop", "address"
+        Edit("conv_fprop.cu", "if (line < rows.left)", "if (line <= rows.left)"),
+        "4x4, fprop",
+        "address",
     ),
     "a row too many of the weight": Fault(
         Edit("conv_fprop.cu", "row < count", "row <= count"), "4x4, fprop", "address"
@@ -242,7 +244,7 @@ FAULTS = {
         "thread",
     ),
     "a row of the next group": Fault(
-        Edit("conv_fprop.cu", "row < rows ? (first_row", "row <= rows ? (first_row"),
+        Edit("conv_fprop.cu", "row < rows.left ?", "row <= rows.left ?"),
         "4x4, fprop",
         "thread",
     ),

@@ -170,7 +170,6 @@ int wgrad_parts(ConvShape s, int rows, int columns, int multiprocessors) {
 }
 
 void bind_conv(py::module_& m) {
-  m.attr("MOST_TAPS") = kMostTaps;
   for (const Forward& c : kForward) {
     m.def(c.name, conv_forward(c));
     m.def((std::string(c.name) + "_stats_tiles").c_str(), of_sizes(c.stats_tiles));

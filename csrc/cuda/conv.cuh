@@ -95,6 +95,17 @@ constexpr int kBlocks = PASSES == 3 || !Widths::kWhole ? 256 / Tile::kThreads
 template <class Tile>
 using Sums = float[Tile::kProductRows][Tile::kProductColumns][4];
 
+// `f(j, e, element)` for each: `e` is its number in a product of the j-th column of them.
+template <class Tile, class F>
+__device__ __forceinline__ void each_sum(Sums<Tile>& sums, F f) {
+#pragma unroll
+  for (int i = 0; i < Tile::kProductRows; ++i)
+#pragma unroll
+    for (int j = 0; j < Tile::kProductColumns; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(j, e, sums[i][j][e]);
+}
+
 // Where a warp's part of the tile begins.
 template <class Tile>
 __device__ __forceinline__ int warp_row() {
@@ -241,7 +252,6 @@ __device__ __forceinline__ void multiply_stage(const char* a, const char* b, Sum
   constexpr int kPairs = Tile::kProductColumns / 2;
 #pragma unroll
   for (int k = 0; k < kStageProducts; ++k) {
-    // B as a whole and A row by row, which takes fewer registers than the other way.
     uint32_t right[kPairs][4], right_rest[kPairs][4];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
@@ -275,12 +285,7 @@ __device__ __forceinline__ void multiply_tile(const SourceA& source_a, const Sou
   using B = typename SourceB::Copies::Operand;
   constexpr int kStages = Tile::kStages, kDepth = kStageDepth<typename A::Element>;
   char* const shared = reinterpret_cast<char*>(fastgan_shared);
-#pragma unroll
-  for (int i = 0; i < Tile::kProductRows; ++i)
-#pragma unroll
-    for (int j = 0; j < Tile::kProductColumns; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
+  each_sum<Tile>(sums, [](int, int, float& sum) { sum = 0.0f; });
   const auto fetch_stage = [&](int step, int stage) {
     // An empty group where there is nothing more, so that groups are counted as stages are.
     if (step < steps) {
@@ -324,11 +329,11 @@ inline int slot_rows_of(ConvShape s, int64_t rows) {
 }
 
 template <class Tile>
-Target target_of(ConvShape s, int group_rows, int columns, int channels, int parts,
-                 const ConvEpilogue& end) {
+Target target_of(const char* name, ConvShape s, int group_rows, int columns, int channels,
+                 int parts, const ConvEpilogue& end) {
   const int slot = slot_rows_of(s, int64_t(end.groups) * group_rows);
   if (end.stats && Tile::kRows < slot)
-    throw std::invalid_argument("statistics of " + std::to_string(slot) +
+    throw std::invalid_argument(std::string(name) + ": statistics of " + std::to_string(slot) +
                                 " rows need a tile of as many, not of " +
                                 std::to_string(Tile::kRows));
   return {group_rows, ceil_div(group_rows, Tile::kRows), columns, Divisor(channels), end,
@@ -347,6 +352,17 @@ __device__ __forceinline__ TileOf tile_of(int index, int down, int across) {
   return {first + within % rows, within / rows};
 }
 
+// Of a tile of rows, the first of them all, and how many its group has from there on.
+struct RowsOf {
+  int first, left;
+};
+
+template <class Tile>
+__device__ __forceinline__ RowsOf rows_of(const Target& out, int tile) {
+  const int in_group = tile % out.group_tiles * Tile::kRows;
+  return {tile / out.group_tiles * out.group_rows + in_group, out.group_rows - in_group};
+}
+
 // Which rows of the small products a lane has are real: bit 2i for row lane / 4 of product i, and
 // the next for the row 8 below it. `place` says where a row of the tile lies, or -1.
 template <class Tile, class Place>
@@ -360,21 +376,9 @@ __device__ __forceinline__ unsigned real_rows(const Place& place) {
   return real;
 }
 
-// Each element that the lane has, `f(i, j, e, element)`: `e` is its number in product i, j.
-template <class Tile, class F>
-__device__ __forceinline__ void each_sum(Sums<Tile>& sums, F f) {
-#pragma unroll
-  for (int i = 0; i < Tile::kProductRows; ++i)
-#pragma unroll
-    for (int j = 0; j < Tile::kProductColumns; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) f(i, j, e, sums[i][j][e]);
-}
-
-// Bias and activation; and as T has it, where that is to be read again.
+// Bias and activation; and as T has it, where statistics are of that.
 template <class T, class Tile>
-__device__ __forceinline__ void finish_sums(Sums<Tile>& sums, const Target& out, int first,
-                                            bool rounded) {
+__device__ __forceinline__ void finish_sums(Sums<Tile>& sums, const Target& out, int first) {
   if (out.end.bias.data) {
     float bias[Tile::kProductColumns][2];
 #pragma unroll
@@ -387,12 +391,12 @@ __device__ __forceinline__ void finish_sums(Sums<Tile>& sums, const Target& out,
                          ? value(out.end.bias, divide(column, out.channels).rest)
                          : 0.0f;
       }
-    each_sum<Tile>(sums, [&](int, int j, int e, float& sum) { sum += bias[j][e % 2]; });
+    each_sum<Tile>(sums, [&](int j, int e, float& sum) { sum += bias[j][e % 2]; });
   }
   // Asked once, and not for each element.
   const auto apply = [&](Activation kind) {
     const Act act{kind, out.end.act.negative_slope};
-    each_sum<Tile>(sums, [&](int, int, int, float& sum) { sum = activate(act, sum); });
+    each_sum<Tile>(sums, [&](int, int, float& sum) { sum = activate(act, sum); });
   };
   switch (out.end.act.kind) {
     case Activation::kRelu:
@@ -407,8 +411,8 @@ __device__ __forceinline__ void finish_sums(Sums<Tile>& sums, const Target& out,
     default:
       break;
   }
-  if (rounded)
-    each_sum<Tile>(sums, [&](int, int, int, float& sum) { sum = to_float(from_float<T>(sum)); });
+  if (out.end.stats)
+    each_sum<Tile>(sums, [](int, int, float& sum) { sum = to_float(from_float<T>(sum)); });
 }
 
 __device__ __forceinline__ float add_rows(float own) {
@@ -526,7 +530,7 @@ constexpr int kConvShared = std::max(Tile::kStages * Tile::kStage,
 template <class T, class Tile, class Place>
 __device__ __forceinline__ void finish_tile(Sums<Tile>& sums, const Target& out, int first_row,
                                             int first_column, int part, const Place& place, T* to) {
-  finish_sums<T, Tile>(sums, out, first_column, out.end.stats != nullptr);
+  finish_sums<T, Tile>(sums, out, first_column);
   if (out.end.stats)
     write_stats<Tile>(sums, real_rows<Tile>(place), out, first_row / out.group_rows,
                       first_row % out.group_rows / out.slot_rows, part, first_column);
@@ -563,9 +567,10 @@ struct Windows {
   __device__ __forceinline__ auto stage(int k) const {
     // Where stages are whole, this is the same for all threads.
     if (!WHOLE) k += Copies::element();
+    const bool some = WHOLE || k < depth;
+    if (!WHOLE) k = min(k, depth - 1);
     const Quotient tap = divide(k, channels), y = divide(tap.whole, taps_x);
     const unsigned wanted = 1u << y.whole | 1u << (kMostTaps + y.rest);
-    const bool some = WHOLE || k < depth;
     const T* const from = images + (y.whole * step_y + y.rest * step_x + tap.rest);
     return [this, from, wanted, some](int i) {
       const int own = WHOLE ? at[i] + Copies::element() : at[i];

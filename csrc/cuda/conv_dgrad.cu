@@ -80,9 +80,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile, PASSES, Widths>)
   const int across = ceil_div(out.columns, Tile::kColumns);
   const TileOf tile = tile_of(blockIdx.x / count, gridDim.x / count / across, across);
   const int first_column = tile.column * Tile::kColumns;
-  const int in_group = tile.row % out.group_tiles * Tile::kRows;
-  const int first_row = tile.row / out.group_tiles * out.group_rows + in_group;
-  const int rows = out.group_rows - in_group, depth = classes.taps_y * classes.taps_x * s.cl;
+  const RowsOf rows = rows_of<Tile>(out, tile.row);
+  const int depth = classes.taps_y * classes.taps_x * s.cl;
   const int tap_y = class_ / s.stride, tap_x = class_ % s.stride;
   const Side side_y = side_of(tap_y, s.kernel_h, s), side_x = side_of(tap_x, s.kernel_w, s);
 
@@ -91,11 +90,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile, PASSES, Widths>)
 #pragma unroll
   for (int i = 0; i < CopiesA::kCount; ++i) {
     const int line = CopiesA::line(i);
-    const Quotient image = divide(first_row + line, by.pixels), at = divide(image.rest, by.w);
+    const Quotient image = divide(rows.first + line, by.pixels), at = divide(image.rest, by.w);
     const int y = at.whole + side_y.low, x = at.rest + side_x.low;
     windows.at[i] = ((image.whole * s.h + y) * s.w + x) * s.cl;
     // Taps read backwards.
-    if (line < rows)
+    if (line < rows.left)
       windows.inside[i] = bits(y - s.h + 1, min(y + 1, side_y.taps)) |
                           bits(x - s.w + 1, min(x + 1, side_x.taps)) << kMostTaps;
   }
@@ -104,13 +103,13 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile, PASSES, Widths>)
   Sums<Tile> sums;
   multiply_tile<PASSES, Tile>(windows, taps, 0, ceil_div(depth, kStageDepth<T>), sums);
   const auto place = [&](int row) {
-    const Quotient image = divide(first_row + row, by.pixels), at = divide(image.rest, by.w);
+    const Quotient image = divide(rows.first + row, by.pixels), at = divide(image.rest, by.w);
     const int y = at.whole * s.stride + side_y.high, x = at.rest * s.stride + side_x.high;
-    const bool real = row < rows && y < s.high_h && x < s.high_w;
+    const bool real = row < rows.left && y < s.high_h && x < s.high_w;
     return real ? ((image.whole * s.high_h + y) * s.high_w + x) * s.ch : -1;
   };
   const int parts = out.parts / count;
-  finish_tile<T, Tile>(sums, out, first_row, first_column, class_ * parts, place, high);
+  finish_tile<T, Tile>(sums, out, rows.first, first_column, class_ * parts, place, high);
 }
 
 int group_rows(ConvShape s, int groups) {
@@ -119,14 +118,14 @@ int group_rows(ConvShape s, int groups) {
 }
 
 // Of the pixels that a row of the statistics is: a class's, and those that were made channels.
-int parts_of(ConvShape shape, ConvShape s) { return s.stride * s.stride * (s.ch / shape.ch); }
+int row_parts(ConvShape shape, ConvShape s) { return s.stride * s.stride * (s.ch / shape.ch); }
 
 }  // namespace
 
 int conv_dgrad_stats_tiles(ConvShape shape, int groups) {
   const ConvShape s = as_product(shape);
   const int rows = group_rows(s, groups);
-  return groups * ceil_div(rows, slot_rows_of(s, int64_t(groups) * rows)) * parts_of(shape, s);
+  return groups * ceil_div(rows, slot_rows_of(s, int64_t(groups) * rows)) * row_parts(shape, s);
 }
 
 void conv_dgrad(Queue queue, ConvShape shape, Dtype dtype, MmaSides sides, bool tf32,
@@ -141,7 +140,8 @@ void conv_dgrad(Queue queue, ConvShape shape, Dtype dtype, MmaSides sides, bool 
     constexpr int W = kWidest<T>;
     const auto run = [&](auto tile, auto widths) {
       using Tile = decltype(tile);
-      const Target out = target_of<Tile>(s, rows, s.ch, shape.ch, parts_of(shape, s), end);
+      const Target out = target_of<Tile>("conv_dgrad", s, rows, s.ch, shape.ch,
+                                         row_parts(shape, s), end);
       launch(queue, "conv_dgrad",
              conv_dgrad_kernel<T, decltype(passes)::value, Tile, decltype(widths)>,
              dim3(unsigned(end.groups) * out.group_tiles * ceil_div(s.ch, Tile::kColumns) *

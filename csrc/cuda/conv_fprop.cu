@@ -34,26 +34,25 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile, PASSES, Widths>)
   const int across = ceil_div(out.columns, Tile::kColumns);
   const TileOf tile = tile_of(blockIdx.x, gridDim.x / across, across);
   const int first_column = tile.column * Tile::kColumns;
-  const int in_group = tile.row % out.group_tiles * Tile::kRows;
-  const int first_row = tile.row / out.group_tiles * out.group_rows + in_group;
-  const int rows = out.group_rows - in_group, depth = s.kernel_h * s.kernel_w * s.ch;
+  const RowsOf rows = rows_of<Tile>(out, tile.row);
+  const int depth = s.kernel_h * s.kernel_w * s.ch;
 
   Windows<T, CopiesA, Widths::kWhole> windows{
       high, depth, s.high_w * s.ch, s.ch, by.ch, by.kernel_w, {}, {}};
 #pragma unroll
   for (int i = 0; i < CopiesA::kCount; ++i) {
     const int line = CopiesA::line(i);
-    const Quotient image = divide(first_row + line, by.pixels), at = divide(image.rest, by.w);
+    const Quotient image = divide(rows.first + line, by.pixels), at = divide(image.rest, by.w);
     const int y = at.whole * s.stride - s.padding, x = at.rest * s.stride - s.padding;
     windows.at[i] = ((image.whole * s.high_h + y) * s.high_w + x) * s.ch;
-    if (line < rows)
+    if (line < rows.left)
       windows.inside[i] = bits(-y, s.high_h - y) | bits(-x, s.high_w - x) << kMostTaps;
   }
   const Rows<T, CopiesB, Widths::kWhole> weights{weight, first_column, s.cl, depth};
   Sums<Tile> sums;
   multiply_tile<PASSES, Tile>(windows, weights, 0, ceil_div(depth, kStageDepth<T>), sums);
-  const auto place = [&](int row) { return row < rows ? (first_row + row) * s.cl : -1; };
-  finish_tile<T, Tile>(sums, out, first_row, first_column, 0, place, low);
+  const auto place = [&](int row) { return row < rows.left ? (rows.first + row) * s.cl : -1; };
+  finish_tile<T, Tile>(sums, out, rows.first, first_column, 0, place, low);
 }
 
 }  // namespace
@@ -74,7 +73,7 @@ void conv_fprop(Queue queue, ConvShape shape, Dtype dtype, MmaSides sides, bool 
     constexpr int W = kWidest<T>;
     const auto run = [&](auto tile, auto widths) {
       using Tile = decltype(tile);
-      const Target out = target_of<Tile>(s, rows, s.cl, s.cl, 1, end);
+      const Target out = target_of<Tile>("conv_fprop", s, rows, s.cl, s.cl, 1, end);
       launch(queue, "conv_fprop",
              conv_fprop_kernel<T, decltype(passes)::value, Tile, decltype(widths)>,
              dim3(unsigned(end.groups) * out.group_tiles * ceil_div(s.cl, Tile::kColumns)),

@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile, PASSES, Widths>)
   if (gridDim.y == 1)
     write_tile<Tile>(sums, dweight, first_column, columns, place, 0);
   else
-    write_tile<Tile>(sums, shares + int64_t(part) * s.cl * columns, first_column,
-                                    columns, place, 0);
+    write_tile<Tile>(sums, shares + int64_t(part) * s.cl * columns, first_column, columns, place,
+                     0);
 }
 
 // How many pixels each of `parts` has: whole stages of any dtype.
