@@ -11,6 +11,7 @@ from fastgan._version import __version__
 if TYPE_CHECKING:
     from fastgan.data.images import ImageSet, load_images
     from fastgan.data.loader import Loader
+    from fastgan.engine.capture import CapturedStep, capture_step
     from fastgan.engine.engine import Engine, StepStats
     from fastgan.errors import InputError, NotBuiltError, RunError
     from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fastgan.ops.gan_loss import bce_loss, gan_loss
 
 _HOMES = {
+    "CapturedStep": "fastgan.engine.capture",
     "DCGANDiscriminator": "fastgan.nn.dcgan",
     "DCGANGenerator": "fastgan.nn.dcgan",
     "Engine": "fastgan.engine.engine",
@@ -35,6 +37,7 @@ _HOMES = {
     "augment": "fastgan.ops.augment",
     "bce_loss": "fastgan.ops.gan_loss",
     "bn_act": "fastgan.ops.bn_act",
+    "capture_step": "fastgan.engine.capture",
     "conv": "fastgan.ops.conv",
     "conv_bn_act": "fastgan.ops.block",
     "conv_transpose_bn_act": "fastgan.ops.block",
@@ -46,6 +49,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CapturedStep",
     "DCGANDiscriminator",
     "DCGANGenerator",
     "Engine",
@@ -60,6 +64,7 @@ __all__ = [
     "bce_loss",
     "bn_act",
     "build_model",
+    "capture_step",
     "conv",
     "conv_bn_act",
     "conv_transpose_bn_act",

@@ -211,11 +211,34 @@ def test_without_triton(monkeypatch):
 
 
 @needs_kernels
-def test_autocast_is_torchs_own():
+def test_under_autocast_the_ops_cast_as_torchs_own_do():
     x, weight = operands()
+    weight.requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert select_backend("conv", x) == "reference"
-        assert conv(x, weight, **CONVOLUTION).dtype == torch.bfloat16
+        got = conv(x, weight, bias=None, **CONVOLUTION)
+        want = F.conv2d(x, weight, **CONVOLUTION)
+        assert torch.equal(got, want)
+        assert got.dtype == want.dtype == torch.bfloat16
+        # float64 is left alone, as torch leaves it.
+        assert conv(x.double(), weight.double(), **CONVOLUTION).dtype == torch.float64
+        block = conv_bn_act(x, weight, bn_weight=torch.ones(len(weight)), **CONVOLUTION)
+        assert block.dtype == torch.bfloat16
+        loss, _ = gan_loss(got.mean((1, 2, 3)), [1.0])
+        assert loss.dtype == torch.float32
+        assert conv(x=x, weight=weight, **CONVOLUTION).dtype == torch.bfloat16
+    loss.sum().backward()
+    assert weight.grad.dtype == torch.float32
+    assert conv(x, weight, **CONVOLUTION).dtype == torch.float32
+
+
+@needs_kernels
+def test_a_backend_that_is_named_says_that_it_cannot_do_what_autocast_asks():
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        use_backend("cpp"),
+        pytest.raises(NotBuiltError, match="bfloat16, the kernels are float32"),
+    ):
+        conv(*operands(), **CONVOLUTION)
 
 
 @needs_kernels

@@ -269,8 +269,9 @@ def test_the_range_is_looked_at_in_the_first_batch_even_after_a_g_step():
     [
         ({"loss": "hinge"}, NotBuiltError, "loss='hinge' is not built yet"),
         ({"loss": "mse"}, InputError, "loss='mse' is unknown"),
-        ({"precision": "bf16"}, NotBuiltError, "precision='bf16'"),
-        ({"capture": True}, NotBuiltError, "capture=True"),
+        ({"precision": "fp8"}, InputError, "precision='fp8' is unknown"),
+        ({"precision": "fp16"}, InputError, "precision='fp16' needs a GPU; .* 'bf16' or 'fp32'"),
+        ({"capture": True}, InputError, "capture=True: steps on cpu are not captured"),
         ({"capture": "yes"}, InputError, "capture='yes'"),
         ({"backend": "cuda"}, NotBuiltError, "backend='cuda'"),
         ({"d_output": "sigmoid"}, InputError, "d_output='sigmoid'"),

@@ -91,10 +91,11 @@ def test_the_examples_own_networks(truth, fuse_passes):
             assert relative_error(g, w) < 1e-9
 
 
-def test_cpp_trains_as_the_reference_does():
+@pytest.mark.parametrize(("subject", "size"), [("cpp", 64), ("bf16", 32)])
+def test_training_tracks_the_references(subject, size):
     """Loss curves of 200 steps on images, by the yardstick of support/training_parity.py."""
-    digits = load_images("digits", image_size=64)
-    found = training_parity.measure(digits, size=64, channels=8, batch=8, steps=200)
+    digits = load_images("digits", image_size=size)
+    found = training_parity.measure(subject, digits, size=size, channels=8, batch=8, steps=200)
     assert found.within, found
 
 

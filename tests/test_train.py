@@ -285,7 +285,7 @@ def test_other_files_among_the_samples(tmp_path):
 
 
 def test_more_steps_between_logs_than_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_WINDOW", 3)
+    monkeypatch.setattr(loop, "HISTORY", 3)
     run_small(tmp_path / "run", dataclasses.replace(SMALL, log_every=10**12))
     assert [row["step"] for row in kill_and_resume.metrics(tmp_path / "run")] == [10]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,21 @@ from fastgan.seeding import generator
 
 # Images up to this part of the free memory of a GPU are kept on it.
 _RESIDENT_SHARE = 0.5
+
+
+class Draw(NamedTuple):
+    """What one batch is made from, by :meth:`Loader.images`.
+
+    Attributes:
+        source: ``[n]`` int64, the numbers of images that are on the device, or these themselves,
+            ``[n, S, S, nc]`` uint8, on the device or in memory that it can copy from meanwhile.
+        flips: ``[n]`` bool, or None.
+        labels: ``[n]`` int64, or None.
+    """
+
+    source: Tensor
+    flips: Tensor | None
+    labels: Tensor | None
 
 
 class Loader:
@@ -73,6 +88,7 @@ class Loader:
         self._labels = torch.from_numpy(data.labels) if data.labels is not None else None
         if self.device.type == "cuda" and _fits(self._images, self.device):
             self._images = self._images.to(self.device)
+            self._labels = self._labels.to(self.device) if self._labels is not None else None
         self._order: Tensor
         self._flips: Tensor | None
         self._start_epoch(0)
@@ -88,22 +104,38 @@ class Loader:
 
     def next_batch(self) -> tuple[Tensor, Tensor | None]:
         """The next batch, ``[n, nc, S, S]`` in [-1, 1], and its labels ``[n]`` int64 or None."""
+        drawn = self.draw()
+        return self.images(drawn.source, drawn.flips), drawn.labels
+
+    def draw(self) -> Draw:
+        """What the next batch is made from; the host's part of :meth:`next_batch`."""
         part = slice(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
         index = self._order[part]
-        flips = self._flips[part].to(self.device) if self._flips is not None else None
-        if self._images.device == self.device:
-            images = augment(self._images, index.to(self.device), flips, dtype=self.dtype)
-        else:
-            gathered = self._images[index]
-            if self.device.type == "cuda":
-                gathered = gathered.pin_memory()
-            gathered = gathered.to(self.device, non_blocking=True)
-            images = augment(gathered, None, flips, dtype=self.dtype)
+        flips = self._flips[part] if self._flips is not None else None
         labels = self._labels[index].to(self.device) if self._labels is not None else None
+        source = index
+        if self._images.device != self.device:
+            source = self._images[index]
+            if self.device.type == "cuda":
+                source = source.pin_memory()
         self.batch += 1
         if self.batch == len(self):
             self._start_epoch(self.epoch + 1)
-        return images, labels
+        return Draw(source, flips, labels)
+
+    def images(
+        self, source: Tensor, flips: Tensor | None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The batch ``[n, nc, S, S]`` that ``source`` and ``flips`` of :meth:`draw` stand for.
+
+        The device's part of :meth:`next_batch`, which a captured step can have in it. ``dtype``
+        stands in for the loader's.
+        """
+        flips = flips.to(self.device, non_blocking=True) if flips is not None else None
+        if source.dtype == torch.uint8:
+            pixels = source.to(self.device, non_blocking=True)
+            return augment(pixels, None, flips, dtype=dtype or self.dtype)
+        return augment(self._images, source, flips, dtype=dtype or self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it depends on."""
@@ -137,8 +169,16 @@ class Loader:
         self.epoch, self.batch = epoch, 0
         n = len(self.data)
         draw = generator(self.seed, "epoch", epoch)
-        self._order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
-        self._flips = torch.rand(n, generator=draw) < 0.5 if self.flip else None
+        order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
+        flips = torch.rand(n, generator=draw) < 0.5 if self.flip else None
+        # Beside the images that they are of.
+        self._order = self._beside_images(order)
+        self._flips = self._beside_images(flips) if flips is not None else None
+
+    def _beside_images(self, x: Tensor) -> Tensor:
+        if self._images.device.type == "cpu":
+            return x
+        return x.pin_memory().to(self._images.device, non_blocking=True)
 
 
 def _as_tensor(images: np.ndarray[Any, Any]) -> Tensor:

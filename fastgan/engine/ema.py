@@ -28,6 +28,7 @@ class ExponentialMovingAverage:
     Attributes:
         module: the average, a copy in evaluation mode that takes no gradient.
         updates: ``t``, a 0-d tensor on the device, so that a captured step counts on.
+        stale: whether the weights have changed since :meth:`calibrate` was last called.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -39,7 +40,7 @@ class ExponentialMovingAverage:
             raise InputError(f"ema={decay}: netG cannot be copied: {reason}; use ema=0") from error
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.updates = torch.zeros((), device=device)
-        self._stale = True
+        self.stale = True
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -52,18 +53,17 @@ class ExponentialMovingAverage:
         torch._foreach_add_(average, difference)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
-        self._stale = True
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure the statistics of the average's batch norms on ``batches`` of noise.
 
         Does nothing where the weights have not changed since it was last called.
         """
-        if not self._stale:
+        if not self.stale:
             return
         devices = [self.updates.device] if self.updates.device.type == "cuda" else []
         # In training mode, so that a dropout draws: not from the global generator as it stands.
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             update_bn(batches, self.module)
-        self._stale = False
+        self.stale = False

@@ -16,16 +16,20 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.choices import Backend, Capture, DOutput, FusePasses, Loss, Precision
+from fastgan.choices import Backend, Capture, DOutput, FusePasses, Loss
+from fastgan.choices import Precision as PrecisionName
 from fastgan.engine.adam import Adam
+from fastgan.engine.capture import CapturedStep
 from fastgan.engine.d_output import DiscriminatorOutput
 from fastgan.engine.ema import ExponentialMovingAverage
+from fastgan.engine.history import History
+from fastgan.engine.precision import Precision
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.nn.grouped import grouped_forward, grouping_obstacle
 from fastgan.nn.modes import evaluation_mode
@@ -102,6 +106,25 @@ class BatchSource(Protocol):
         """Go to a position."""
 
 
+@runtime_checkable
+class DrawnSource(Protocol):
+    """A :class:`BatchSource` that leaves the device's part of a batch to the captured step."""
+
+    def draw(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the next batch is made from: ``(source, flips, labels)``."""
+
+    def images(self, source: Tensor, flips: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The batch ``[n, C, H, W]``, by work on the device alone."""
+
+
+class _Batch(NamedTuple):
+    """What a batch of real images is made from, ``drawn`` by the loader or handed in."""
+
+    drawn: bool
+    source: Tensor
+    flips: Tensor | None
+
+
 class Engine:
     """Trains ``netG`` against ``netD``.
 
@@ -123,8 +146,15 @@ class Engine:
         d_output: whether D returns ``logits`` or a ``probability``. ``auto`` finds out from its
             last operation at the first step; a final sigmoid is then left out, and the loss taken
             on logits.
-        precision: ``fp32``, which computes in the dtype that the parameters have.
-        capture: whether the step is captured in a CUDA graph; ``auto`` and False run it eagerly.
+        precision: ``fp32`` computes in the dtype that the parameters have, float32 products rounded
+            as ``torch.backends`` says; ``tf32`` rounds them to TF32 on a GPU; ``bf16`` and ``fp16``
+            run the networks under autocast, with float32 weights, statistics, loss and updates,
+            ``fp16`` with a gradient scaler for each optimiser. Samples are made in float32.
+        capture: whether steps are captured in CUDA graphs, see :func:`fastgan.capture_step`:
+            ``auto`` where there is a GPU and they can be; True raises where they cannot; False
+            never. Python in the networks, in ``noise`` and in ``reduce_gradients`` then runs while
+            a step is recorded, and no more; ``auto`` leaves an engine whose ``reduce_gradients`` is
+            overridden uncaptured.
         backend: ``auto``, ``reference``, ``cpp`` on the CPU, or ``triton`` on a GPU. ``auto`` takes
             for each op and shape what measures fastest at the first step, and keeps to it: see
             :mod:`fastgan.ops.tuning`. A backend that is named raises for tensors that it cannot
@@ -142,6 +172,7 @@ class Engine:
         opt_g, opt_d: the optimisers.
         generator: the generator of the training noise.
         steps: how many steps have been taken.
+        history: what the last steps measured.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -163,7 +194,7 @@ class Engine:
         ema: float = 0.0,
         noise: int | Sequence[int] | NoiseFunction | None = None,
         d_output: DOutput = "auto",
-        precision: Precision = "fp32",
+        precision: PrecisionName = "fp32",
         capture: Capture = "auto",
         backend: Backend = "auto",
         device: str | torch.device = "auto",
@@ -171,8 +202,8 @@ class Engine:
         fuse_passes: FusePasses = "auto",
     ) -> None:
         _check_choice("loss", loss, ("bce",), get_args(Loss))
-        _check_choice("precision", precision, ("fp32",), get_args(Precision))
-        _check_choice("capture", capture, ("auto", False), (True,))
+        _check_choice("precision", precision, get_args(PrecisionName))
+        _check_choice("capture", capture, ("auto", True, False))
         _check_choice("d_output", d_output, get_args(DOutput))
         _check_choice("fuse_passes", fuse_passes, ("auto", True, False))
         if n_d < 1:
@@ -187,22 +218,46 @@ class Engine:
         self.device = resolve_device(device, netG)
         if self.backend == "auto":
             say_missing_kernels(self.device)
+        self._precision = Precision(precision, self.device, netG=netG, netD=netD)
         self.netG = _place(netG, self.device)
         self.netD = _place(netD, self.device)
         self._dtype = next((p.dtype for p in netG.parameters()), torch.get_default_dtype())
+        self._image_dtype = self._precision.low or self._dtype
         self._noise = _noise_function(noise, netG, self.device, self._dtype)
         self.opt_g = opt_g or _adam("lr", netG, lr, betas, self.device)
         self.opt_d = opt_d or _adam("lr_d", netD, lr if lr_d is None else lr_d, betas, self.device)
+        self._update_by_g = self._precision.updater(self.opt_g)
+        self._update_by_d = self._precision.updater(self.opt_d)
         self._ema = ExponentialMovingAverage(netG, ema) if ema else None
         self.seed = seed
+        self.generator = torch.Generator(self.device)
+        # Sampling has its own: looking at a GAN does not change its training.
+        self._sample_generator = torch.Generator(self.device)
         self._seed_generators(0)
         self.steps = 0
+        self.history = History(StepStats._fields, self.device)
         self._requested_output = d_output
         self._output: DiscriminatorOutput | None = None
         self._image_shape: tuple[int, ...] | None = None
         self._range_checked = False
         self._two_passes_said = False
         self._loader: BatchSource | None = None
+        self._loader_checked = False
+        self._captured = CapturedStep(
+            self._run,
+            (
+                *(self.netG, self.netD, self.opt_g, self.opt_d, *self.history.tensors),
+                *(self._update_by_g.state + self._update_by_d.state),
+                *((self._ema.module, self._ema.updates) if self._ema else ()),
+            ),
+            generators=(self.generator,),
+            capture=self._capturable(capture),
+        )
+
+    @property
+    def uncaptured_reason(self) -> str:
+        """Why steps are not captured in CUDA graphs; empty where they are."""
+        return self._captured.reason
 
     @property
     def ema_module(self) -> nn.Module | None:
@@ -227,6 +282,8 @@ class Engine:
                 "or give step() the batches"
             )
         self._loader = loader
+        self._loader_checked = False
+        self._captured.reset()
 
     def step(
         self,
@@ -249,20 +306,16 @@ class Engine:
             NotBuiltError: labels were given.
         """
         _refuse_labels(labels=labels, fake_labels=fake_labels)
-        batches = self._batches(real)
         zs = [None] * self.n_d if noise is None else self._split("noise", noise)
+        args: list[Any] = []
         with self._running():
-            for i, (batch, z) in enumerate(zip(batches, zs, strict=True)):
-                x = self._prepare(batch)
-                # Only the last fake batch goes on to update G.
-                with contextlib.nullcontext() if i == self.n_d - 1 else torch.no_grad():
-                    fake = self._fake(len(x), z)
-                d_stats = self._update_d(x, fake.detach())
-            g_stats = self._update_g(fake)
+            for batch, z in zip(self._batches(real), zs, strict=True):
+                _check_noise(z, len(batch.source))
+                args += [*batch, z]
+            row = self._captured("step", *args)
         self.steps += 1
-        return StepStats(
-            d_stats.loss_d, g_stats.loss_g, d_stats.d_real, d_stats.d_fake, g_stats.d_fake_g
-        )
+        self._age_average()
+        return StepStats(*row.unbind())
 
     def d_step(
         self,
@@ -274,10 +327,9 @@ class Engine:
         """One update of D on ``real [N, ...]`` and on as many fresh samples of G."""
         _refuse_labels(labels=labels, fake_labels=fake_labels)
         with self._running():
-            x = self._prepare(real)
-            with torch.no_grad():
-                fake = self._fake(len(x), noise)
-            return self._update_d(x, fake)
+            batch = _Batch(False, self._checked(real), None)
+            _check_noise(noise, len(batch.source))
+            return DStats(*self._captured("d_step", *batch, noise).unbind())
 
     def g_step(
         self, n: int | None = None, noise: Tensor | None = None, fake_labels: Tensor | None = None
@@ -293,7 +345,9 @@ class Engine:
             raise InputError(f"n={count} must be at least 1")
         with self._running():
             self._prepare_networks()
-            return self._update_g(self._fake(count, noise))
+            row = self._captured("g_step", count, noise)
+        self._age_average()
+        return GStats(*row.unbind())
 
     @torch.no_grad()
     def sample(self, n: int, noise: Tensor | None = None, ema: bool = True) -> Tensor:
@@ -323,7 +377,8 @@ class Engine:
     def reduce_gradients(self, params: Iterable[nn.Parameter]) -> None:
         """Called with the parameters of the network about to be updated, gradients in place.
 
-        Does nothing; override it to accumulate or to all-reduce.
+        Does nothing; override it to accumulate or to all-reduce. With ``precision="fp16"`` the
+        gradients are multiplied by the loss scale; see ``capture`` for when it runs.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,6 +390,8 @@ class Engine:
             "ema_updates": self._ema.updates if self._ema else None,
             "opt_g": self.opt_g.state_dict(),
             "opt_d": self.opt_d.state_dict(),
+            "scale_g": self._update_by_g.state_dict(),
+            "scale_d": self._update_by_d.state_dict(),
             "generator": self.generator.get_state(),
             "sample_generator": self._sample_generator.get_state(),
             "device": self.device.type,
@@ -364,6 +421,8 @@ class Engine:
             self._ema.updates.copy_(state["ema_updates"])
         _load_optimizer(self.opt_g, state["opt_g"])
         _load_optimizer(self.opt_d, state["opt_d"])
+        self._update_by_g.load_state_dict(state.get("scale_g"))
+        self._update_by_d.load_state_dict(state.get("scale_d"))
         self.steps = state["steps"]
         if state["device"] == self.device.type:
             self.generator.set_state(state["generator"].cpu())
@@ -387,24 +446,48 @@ class Engine:
         with (
             use_backend(self.backend),
             tuning.use_choices(self._choices),
+            self._precision.products(),
             torch.autograd.set_multithreading_enabled(False),
         ):
             yield
 
     def _seed_generators(self, steps: int) -> None:
-        self.generator = generator(self.seed, "noise", steps, self.device)
-        # Sampling has its own: looking at a GAN does not change its training.
-        self._sample_generator = generator(self.seed, "sample", steps, self.device)
+        for mine, name in ((self.generator, "noise"), (self._sample_generator, "sample")):
+            mine.set_state(generator(self.seed, name, steps, self.device).get_state())
 
-    def _batches(self, real: Tensor | None) -> Iterator[Tensor]:
+    def _capturable(self, capture: Capture) -> Capture:
+        """``capture``, or False with the reason said where ``auto`` would change what runs."""
+        overridden = type(self).reduce_gradients is not Engine.reduce_gradients
+        if capture == "auto" and overridden and self.device.type == "cuda":
+            logger.warning(
+                "steps are not captured: reduce_gradients is overridden, and would run while a "
+                "step is recorded alone; capture=True captures it"
+            )
+            return False
+        return capture
+
+    def _age_average(self) -> None:
+        """A captured step has updated the average, and could not say so."""
+        if self._ema:
+            self._ema.stale = True
+
+    def _batches(self, real: Tensor | None) -> Iterator[_Batch]:
+        """What each of the ``n_d`` batches is made from; the host's part of a step."""
         if real is not None:
-            yield from self._split("real", real)
-        elif self._loader is not None:
-            for _ in range(self.n_d):
-                images, _ = self._loader.next_batch()
-                yield images
-        else:
+            for part in self._split("real", real):
+                yield _Batch(False, self._checked(part), None)
+        elif self._loader is None:
             raise InputError("real: no batch was given and no loader is attached")
+        elif isinstance(self._loader, DrawnSource):
+            for _ in range(self.n_d):
+                source, flips, _ = self._loader.draw()
+                if not self._loader_checked:
+                    self._checked(self._loader.images(source, flips, self._image_dtype))
+                    self._loader_checked = True
+                yield _Batch(True, source, flips)
+        else:
+            for _ in range(self.n_d):
+                yield _Batch(False, self._checked(self._loader.next_batch()[0]), None)
 
     def _split(self, name: str, batch: Tensor) -> Sequence[Tensor]:
         if len(batch) == 0 or len(batch) % self.n_d:
@@ -413,12 +496,46 @@ class Engine:
             )
         return batch.chunk(self.n_d)
 
+    def _run(self, kind: str, *args: Any) -> Tensor:
+        """The device's part of ``step``, ``d_step`` or ``g_step``: all that is captured.
+
+        Args:
+            args: of ``g_step`` the number of samples and their noise; of the others the three
+                values of a :class:`_Batch` and its noise, for each batch.
+
+        Returns:
+            What it measured, as one tensor in the order of its statistics.
+        """
+        if kind == "g_step":
+            return torch.stack(self._update_g(self._fake(*args)))
+        batches = [args[i : i + 4] for i in range(0, len(args), 4)]
+        for i, (drawn, source, flips, z) in enumerate(batches):
+            real = self._images(drawn, source, flips)
+            # Only the last fake batch of a step goes on to update G.
+            goes_on = kind == "step" and i == len(batches) - 1
+            with contextlib.nullcontext() if goes_on else torch.no_grad():
+                fake = self._fake(len(real), z)
+            of_d = self._update_d(real, fake.detach())
+        if kind == "d_step":
+            return torch.stack(of_d)
+        of_g = self._update_g(fake)
+        row = torch.stack((of_d.loss_d, of_g.loss_g, of_d.d_real, of_d.d_fake, of_g.d_fake_g))
+        self.history.add(row)
+        return row
+
+    def _images(self, drawn: bool, source: Tensor, flips: Tensor | None) -> Tensor:
+        """A batch as floating ``[N, C, H, W]`` in [-1, 1] on the device."""
+        if drawn:
+            assert isinstance(self._loader, DrawnSource)
+            return self._loader.images(source, flips, self._image_dtype)
+        if source.dtype == torch.uint8:
+            return augment(source, dtype=self._image_dtype)
+        return source.to(self._image_dtype, memory_format=torch.channels_last)
+
     def _fake(self, n: int, noise: Tensor | None) -> Tensor:
-        if noise is None:
-            noise = self.draw_noise(n, self.generator)
-        elif len(noise) != n:
-            raise InputError(f"noise has {len(noise)} rows; {n} real images need as many")
-        return self.netG(noise.to(self.device, self._dtype))
+        z = self.draw_noise(n, self.generator) if noise is None else noise
+        with self._precision.forward():
+            return self.netG(z.to(self._dtype))
 
     def _prepare_networks(self) -> tuple[int, ...]:
         """Find out, once, what G makes and D returns; neither network nor generator is changed."""
@@ -444,8 +561,8 @@ class Engine:
             self._image_shape = tuple(images.shape[1:])
         return self._image_shape
 
-    def _prepare(self, real: Tensor) -> Tensor:
-        """``real`` as floating ``[N, C, H, W]`` in [-1, 1] on the device."""
+    def _checked(self, real: Tensor) -> Tensor:
+        """``real``, uint8 ``[N, H, W, C]`` or floating ``[N, C, H, W]``, where it is neither."""
         c, h, w = self._prepare_networks()
         got = f"{str(real.dtype).removeprefix('torch.')} {list(real.shape)}"
         want = f"uint8 [N, {h}, {w}, {c}] or [N, {c}, {h}, {w}], or floating [N, {c}, {h}, {w}]"
@@ -453,8 +570,7 @@ class Engine:
         if len(real) == 0 or not (nchw or nhwc):
             raise InputError(f"real is {got}; netG makes, so netD is to see, {want} in [-1, 1]")
         if real.dtype == torch.uint8:
-            images = real if nhwc else real.permute(0, 2, 3, 1)
-            return augment(images.to(self.device, non_blocking=True), dtype=self._dtype)
+            return real if nhwc else real.permute(0, 2, 3, 1)
         if not real.is_floating_point() or not nchw:
             raise InputError(f"real is {got}; give {want} in [-1, 1]")
         if not self._range_checked:
@@ -466,9 +582,7 @@ class Engine:
                     "give uint8"
                 )
             self._range_checked = True
-        return real.to(
-            self.device, self._dtype, non_blocking=True, memory_format=torch.channels_last
-        )
+        return real
 
     def _one_pass(self) -> bool:
         if self.fuse_passes is False:
@@ -486,9 +600,11 @@ class Engine:
     def _discriminate(self, x: Tensor, targets: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Loss ``[groups]`` and mean D(x) ``[groups]`` of the groups that lie in ``x``."""
         assert self._output is not None
-        with self._output.logits():
+        with self._output.logits(), self._precision.forward():
             scores = grouped_forward(self.netD, x, len(targets))
         _check_scores(scores, len(x))
+        if self._precision.low is not None:
+            scores = scores.float()
         if self._output.kind == "logits":
             return gan_loss(scores, targets, kind=self.loss)
         losses = [
@@ -503,26 +619,26 @@ class Engine:
         self.netD.zero_grad()
         if self._one_pass():
             loss, d = self._discriminate(torch.cat([real, fake]), (REAL, FAKE))
-            loss.sum().backward()
+            self._update_by_d.backward(loss.sum())
         else:
             losses, means = [], []
             for batch, target in ((real, REAL), (fake, FAKE)):
                 part, mean = self._discriminate(batch, (target,))
-                part.sum().backward()
+                self._update_by_d.backward(part.sum())
                 losses.append(part)
                 means.append(mean)
             loss, d = torch.cat(losses), torch.cat(means)
         self.reduce_gradients(self.netD.parameters())
-        self.opt_d.step()
+        self._update_by_d.step()
         return DStats(loss.detach().sum(), d[0], d[1])
 
     def _update_g(self, fake: Tensor) -> GStats:
         self.netG.zero_grad()
         with _without_gradients(self.netD):
             loss, d = self._discriminate(fake, (REAL,))
-        loss.sum().backward()
+        self._update_by_g.backward(loss.sum())
         self.reduce_gradients(self.netG.parameters())
-        self.opt_g.step()
+        self._update_by_g.step()
         if self._ema:
             self._ema.update(self.netG)
         return GStats(loss.detach().sum(), d[0])
@@ -603,6 +719,11 @@ def _probe(name: str, call: Callable[[Tensor], Any], what: str, x: Tensor) -> Te
     if not isinstance(result, Tensor):
         raise InputError(f"{name} returned a {type(result).__name__}; it must return a tensor")
     return result
+
+
+def _check_noise(noise: Tensor | None, n: int) -> None:
+    if noise is not None and len(noise) != n:
+        raise InputError(f"noise has {len(noise)} rows; {n} real images need as many")
 
 
 def _check_scores(scores: Tensor, n: int) -> None:

@@ -143,9 +143,6 @@ def select_backend(op: str, *tensors: Tensor | None) -> str:
     if requested == "reference":
         return requested
     device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        # Autocast is torch's own choice of dtypes for torch's own ops.
-        return "reference"
     if requested == "auto":
         names = _fitting(op, device, *tensors)
         return "auto" if len(names) > 1 else next(iter(names), "reference")

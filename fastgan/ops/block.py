@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fastgan.errors import InputError
+from fastgan.ops.autocast import under_autocast
 from fastgan.ops.bn_act import bn_act
 from fastgan.ops.conv import conv, conv_forward, kernel_backend
 
 
+@under_autocast(x="low", weight="low", bias="low")
 def _block(
     x: Tensor,
     weight: Tensor,
@@ -51,8 +53,8 @@ def _block(
         per_output = (1, -1, 1, 1) if transposed else (-1, 1, 1, 1)
         return conv(
             x,
-            weight * scale.view(per_output),
-            shift,
+            (weight * scale.view(per_output)).to(weight.dtype),
+            shift.to(weight.dtype),
             stride=stride,
             padding=padding,
             transposed=transposed,

@@ -22,6 +22,7 @@ from fastgan.errors import InputError
 from fastgan.gpu import empty, empty_images
 from fastgan.ops import cpp, cuda, triton
 from fastgan.ops.activation import ACTIVATIONS
+from fastgan.ops.autocast import under_autocast
 from fastgan.ops.backend import fastest_backend, kernels_of, select_backend
 
 
@@ -407,6 +408,7 @@ def _(
     return None
 
 
+@under_autocast()
 def bn_act(
     x: Tensor,
     weight: Tensor | None = None,

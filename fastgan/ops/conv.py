@@ -35,6 +35,7 @@ from fastgan.errors import InputError
 from fastgan.gpu import empty, empty_images
 from fastgan.ops import cpp, cuda, triton, tuning
 from fastgan.ops.activation import ACTIVATIONS
+from fastgan.ops.autocast import under_autocast
 from fastgan.ops.backend import (
     fastest_backend,
     kernels_of,
@@ -793,6 +794,7 @@ def _has_way(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: b
     return any(_KINDS[name](problem, x.dtype).ways(direction) for name in names)
 
 
+@under_autocast(x="low", weight="low", bias="low")
 def conv(
     x: Tensor,
     weight: Tensor,

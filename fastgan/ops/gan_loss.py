@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.ops import cpp, cuda, triton
+from fastgan.ops.autocast import under_autocast
 from fastgan.ops.backend import fastest_backend, say_left_to_reference, select_backend
 
 # Of a launch of the CUDA kernel: csrc/cuda/kernels.h.
@@ -119,6 +120,7 @@ def _backward(
 gan_loss_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+@under_autocast(logits="float32")
 def gan_loss(
     logits: Tensor, targets: Sequence[float], *, kind: str = "bce"
 ) -> tuple[Tensor, Tensor]:

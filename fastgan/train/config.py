@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from fastgan.choices import Backend
+from fastgan.choices import Backend, Precision
 from fastgan.errors import InputError
 from fastgan.nn.sizes import split_size
 
@@ -27,7 +27,7 @@ OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 _FREE_ON_RESUME = frozenset(
     {
         *("data", "steps", "epochs", "save_every", "sample_every", "log_every", "keep"),
-        *("max_bad", "workers", "backend", "device"),
+        *("max_bad", "workers", "backend", "device", "capture"),
     }
 )
 
@@ -65,6 +65,9 @@ class TrainConfig:
             named.
         workers: Threads that decode images. Default: one for each CPU.
         backend: Implementation of the ops: 'auto' takes what measures fastest here.
+        precision: 'fp32'; 'tf32', which rounds products to TF32, on a GPU; 'bf16'; or 'fp16', on a
+            GPU. Weights and their updates are float32 in each of them.
+        capture: Capture each step in a CUDA graph, where there is a GPU.
         device: 'cpu', 'cuda', 'cuda:1', ...; auto takes a GPU where there is one.
     """
 
@@ -90,6 +93,8 @@ class TrainConfig:
     max_bad: float = 0.01
     workers: OptionalInt = None
     backend: Backend = "auto"
+    precision: Precision = "fp32"
+    capture: bool = True
     device: str = "auto"
 
     def check(self) -> None:

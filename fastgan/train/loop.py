@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from fastgan.data.images import ImageSet
 from fastgan.data.loader import Loader
-from fastgan.engine.engine import Engine, StepStats, resolve_device
+from fastgan.engine.engine import Engine, resolve_device
+from fastgan.engine.history import STEPS as HISTORY
 from fastgan.errors import InputError, RunError
 from fastgan.files import replace_file
 from fastgan.ops.backend import resolve_backend
@@ -41,7 +42,6 @@ from fastgan.train.run import RunFolder
 from fastgan.train.samples import image_grid, write_gif, write_png
 
 GRID = 64
-_WINDOW = 1024
 _ADVICE = (
     "start anew with a lower --lr or another --seed, or look at the data; --resume would repeat "
     "the same steps to the same end"
@@ -146,6 +146,8 @@ class _Run:
             betas=(config.beta1, 0.999),
             ema=config.ema,
             backend=config.backend,
+            precision=config.precision,
+            capture="auto" if config.capture else False,
             device=device,
             seed=config.seed,
         )
@@ -155,6 +157,7 @@ class _Run:
         self.fixed_noise = self.engine.draw_noise(GRID, generator(config.seed, "grid", 0, device))
         self.speed = _Speed()
         self.seconds_before = 0.0
+        self.read_until = 0
 
     def restore(self) -> None:
         """Go to the newest whole checkpoint; without any, start anew."""
@@ -195,7 +198,7 @@ class _Run:
             return self._result(interrupted=False)
         self.folder.samples.mkdir(exist_ok=True)
         self.folder.checkpoints.mkdir(exist_ok=True)
-        window = _Window(min(config.log_every, _WINDOW), engine.device)
+        self.read_until = engine.steps
         signals = _StopSignals()
         saved = True
         with (
@@ -212,13 +215,14 @@ class _Run:
         ):
             while engine.steps < self.steps and signals.received is None:
                 started = time.perf_counter()
-                window.add(engine.step())
+                engine.step()
                 step = engine.steps
                 last = step == self.steps
                 log = last or step % config.log_every == 0
                 saved = last or step % config.save_every == 0
                 draw = last or step % config.sample_every == 0
-                values = self._read(window) if log or saved or draw or window.full else None
+                full = step - self.read_until == HISTORY
+                values = self._read() if log or saved or draw or full else None
                 self.speed.add(self._batch_images(), time.perf_counter() - started)
                 bar.update()
                 if log and values is not None:
@@ -239,7 +243,7 @@ class _Run:
                     self._save()
             # A signal can come at any point of an iteration, so it is answered here.
             if not saved:
-                self._read(window)
+                self._read()
                 self._save()
         return self._result(interrupted=engine.steps < self.steps)
 
@@ -266,9 +270,10 @@ class _Run:
         )
         replace_file(self.folder.report, page.encode("utf-8", "backslashreplace"))
 
-    def _read(self, window: _Window) -> dict[str, float] | None:
+    def _read(self) -> dict[str, float] | None:
         """The values of the last step, if not read yet; stops at a loss that is not finite."""
-        rows = window.read()
+        rows = self.engine.history.last(self.engine.steps - self.read_until)
+        self.read_until = self.engine.steps
         for i, row in enumerate(rows):
             for name in ("loss_d", "loss_g"):
                 if not torch.isfinite(torch.tensor(row[name])):
@@ -325,27 +330,6 @@ class _Speed:
         images, seconds = self.images - self._lap_images, self.seconds - self._lap_seconds
         self._lap_images, self._lap_seconds = self.images, self.seconds
         return images / seconds if seconds else 0.0
-
-
-class _Window:
-    """The statistics of the steps since they were last read, kept on the device until then."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._rows = torch.zeros(size, len(StepStats._fields), device=device)
-        self._count = 0
-
-    @property
-    def full(self) -> bool:
-        return self._count == len(self._rows)
-
-    def add(self, stats: StepStats) -> None:
-        self._rows[self._count].copy_(torch.stack(tuple(stats)))
-        self._count += 1
-
-    def read(self) -> list[dict[str, float]]:
-        rows = self._rows[: self._count].tolist()
-        self._count = 0
-        return [dict(zip(StepStats._fields, row, strict=True)) for row in rows]
 
 
 class _StopSignals:
