@@ -63,11 +63,11 @@ def test_a_steps_gradients_in_bf16_are_float32s_to_its_roundings():
     def gradients(precision):
         engine = make(precision=precision, backend="reference")
         engine.step(real())
-        return [p.grad for net in (engine.netG, engine.netD) for p in net.parameters()]
+        parts = [p.grad.flatten() for n in (engine.netG, engine.netD) for p in n.parameters()]
+        return torch.cat(parts)
 
-    for got, want in zip(gradients("bf16"), gradients("fp32"), strict=True):
-        assert (got - want).norm() < 0.25 * want.norm()
-        assert not torch.equal(got, want)
+    got, want = gradients("bf16"), gradients("fp32")
+    assert 0.0 < (got - want).norm() < 0.1 * want.norm()
 
 
 def test_every_network_and_kind_of_output_trains_in_bf16():
