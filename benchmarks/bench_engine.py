@@ -25,7 +25,7 @@ from fastgan.benchmarks.machine import no_collection, synchronize
 from fastgan.benchmarks.plan import NZ, OTHERS, VARIANTS, Cell, Recipe
 from torch import Tensor, nn
 
-from fastgan.choices import Backend
+from fastgan.choices import Backend, Capture, Precision
 from fastgan.engine.engine import Engine, StepStats
 from fastgan.errors import InputError, NotBuiltError, RunError
 from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
@@ -154,8 +154,14 @@ def make_variant(name: str) -> Variant:
     """The variant ``name`` of ``plan.VARIANTS``, whether it can run here or not."""
     recipe = VARIANTS[name]
     if recipe.kind == "fastgan":
-        build = functools.partial(engine_trainer, backend=recipe.backend)
-        return Variant(name, build, (InputError, NotBuiltError))
+        build = functools.partial(
+            engine_trainer,
+            backend=recipe.backend,
+            precision=recipe.precision,
+            capture=recipe.capture,
+        )
+        limits = AMP_LIMITS if recipe.low_precision else None
+        return Variant(name, build, (InputError, NotBuiltError), limits)
     compiled = recipe.kind == "compile"
     build = functools.partial(
         example_trainer,
@@ -165,7 +171,7 @@ def make_variant(name: str) -> Variant:
     )
     # A compiler of the machine's takes part, which may be missing or fail in any way.
     excuses = (Exception,) if compiled else ()
-    return Variant(name, build, excuses, AMP_LIMITS if recipe.amp else None)
+    return Variant(name, build, excuses, AMP_LIMITS if recipe.low_precision else None)
 
 
 def example_trainer(
@@ -214,13 +220,22 @@ def _autocast(net: nn.Module) -> None:
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 
-def engine_trainer(netG: nn.Module, netD: nn.Module, *, backend: Backend) -> Trainer:
+def engine_trainer(
+    netG: nn.Module,
+    netD: nn.Module,
+    *,
+    backend: Backend,
+    precision: Precision = "fp32",
+    capture: Capture = "auto",
+) -> Trainer:
     """The engine, on fastgan's own networks with the weights, and the dtype, of the example's."""
     weight = next(netG.parameters())
     engine = Engine(
         DCGANGenerator.from_state_dict(netG.state_dict()).to(weight.dtype),
         DCGANDiscriminator.from_state_dict(netD.state_dict()).to(weight.dtype),
         backend=backend,
+        precision=precision,
+        capture=capture,
         device=weight.device,
     )
 

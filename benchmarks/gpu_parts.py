@@ -32,6 +32,7 @@ from fastgan.benchmarks.plan import VARIANTS, Cell
 from torch import Tensor
 
 from fastgan import gpu
+from fastgan.choices import Precision
 from fastgan.files import replace_file
 from fastgan.ops import conv, triton, tuning
 from fastgan.ops.augment import augment
@@ -46,6 +47,8 @@ PRECISIONS = {
     "tf32": (torch.float32, "tf32"),
     "bf16": (torch.bfloat16, "ieee"),
 }
+# Of the engine, over float32 weights.
+MIXED: tuple[Precision, ...] = ("bf16", "fp16")
 # How many times the reference's own rounding a step by the kernels may differ from float64.
 STEP_LIMIT = 4.0
 _STEP_IMAGES = 32
@@ -194,23 +197,28 @@ def step(job: Job, save: Save) -> bool:
     """The whole step by the kernels and by plain torch, both against float64."""
     cell = Cell(16, 1, 4, 4, 4) if job.dry_run else Cell(64, 3, _STEP_IMAGES)
     # Triton's interpreter multiplies bfloat16 as the integers that it is kept in.
-    names = list(PRECISIONS)[:1] if job.dry_run else list(PRECISIONS)
+    asked: list[tuple[str, Precision]] = [(name, "fp32") for name in PRECISIONS]
+    asked += [("float32", precision) for precision in MIXED]
     rows: list[Record] = []
-    for name in names:
-        rows += _compare_steps(cell, name, job.device)
+    for name, precision in asked[:1] if job.dry_run else asked:
+        rows += _compare_steps(cell, name, precision, job.device)
         save({"cell": str(cell), "limit": STEP_LIMIT, "rows": rows})
     return all(row["right"] for row in rows)
 
 
-def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Record]:
-    dtype, multiplied = PRECISIONS[precision]
+def _compare_steps(
+    cell: Cell, name: str, precision: Precision, device: torch.device
+) -> list[Record]:
+    """In one of ``PRECISIONS``, the engine's own precision besides."""
+    dtype, multiplied = PRECISIONS[name]
     netG, netD, batches = bench_engine.inputs(cell, 0)
     for net in (netG, netD):
         net.to(dtype)
 
     def seen(backend: Any, device: torch.device, dtype: torch.dtype) -> bench_engine.Observations:
         nets = (net.to(device, dtype) for net in (netG, netD))
-        trainer = bench_engine.engine_trainer(*nets, backend=backend)
+        mixed = precision if dtype == torch.float32 else "fp32"
+        trainer = bench_engine.engine_trainer(*nets, backend=backend, precision=mixed)
         given = [(real.to(device, dtype), z.to(device, dtype)) for real, z in batches]
         return bench_engine.observe(trainer, given)
 
@@ -227,7 +235,7 @@ def _compare_steps(cell: Cell, precision: str, device: torch.device) -> list[Rec
         limit = STEP_LIMIT * max(reference[kind], least)
         rows.append(
             {
-                "precision": precision,
+                "precision": name if precision == "fp32" else f"mixed {precision}",
                 "kind": kind,
                 "reference": _finite(reference[kind]),
                 "own": {name: _finite(found[kind]) for name, found in ours.items()},

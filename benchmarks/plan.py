@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from fastgan.choices import Backend
+from fastgan.choices import Backend, Capture, Precision
 from fastgan.errors import InputError
 from fastgan.nn.sizes import split_size
 
@@ -25,7 +25,7 @@ class Recipe:
         channels_last: whether the example's networks and images are in that format.
         amp: whether the networks run under ``torch.autocast`` to bfloat16.
         mode: of ``torch.compile``.
-        backend: of the engine.
+        backend, precision, capture: of the engine.
         devices: the types of device that it is measured on; empty for all.
         why: where that is not all, why not on the others.
     """
@@ -35,8 +35,15 @@ class Recipe:
     amp: bool = False
     mode: str = "default"
     backend: Backend = "auto"
+    precision: Precision = "fp32"
+    capture: Capture = "auto"
     devices: tuple[str, ...] = ()
     why: str = ""
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether it computes in bfloat16 or float16."""
+        return self.amp or self.precision in ("bf16", "fp16")
 
     def obstacle(self, device_type: str) -> str:
         """Why it is not measured on such a device; empty where it is."""
@@ -71,6 +78,12 @@ VARIANTS: dict[str, Recipe] = {
         "fastgan", backend="cuda", devices=("cuda",), why="the CUDA kernels run on a GPU"
     ),
     "fastgan auto": Recipe("fastgan"),
+    "fastgan uncaptured": Recipe(
+        "fastgan", capture=False, devices=("cuda",), why="CUDA graphs are captured on a GPU"
+    ),
+    "fastgan bf16": Recipe(
+        "fastgan", precision="bf16", devices=("cuda",), why="bfloat16 is for tensor cores"
+    ),
 }
 # What fastgan is compared with; the first is the truth of the check.
 OTHERS = tuple(name for name, recipe in VARIANTS.items() if recipe.kind != "fastgan")

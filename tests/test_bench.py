@@ -198,6 +198,7 @@ def test_the_variants_of_a_gpu_are_offered_there_alone(one_gpu):
         *("example", "example channels_last", "example amp"),
         *("compile channels_last", "compile reduce-overhead"),
         *("fastgan reference", "fastgan triton", "fastgan auto"),
+        *("fastgan uncaptured", "fastgan bf16"),
     ]
     on_cpu = [v.name for v in bench_engine.select_variants(device=CPU)]
     assert on_cpu == [v.name for v in bench_engine.select_variants()]
@@ -242,7 +243,7 @@ def test_a_variant_that_cannot_run_says_why(capsys):
 
 def test_a_wrong_variant_fails_the_command(tmp_path, capsys, monkeypatch):
     wrong = FAULTS["learning rate"]
-    monkeypatch.setattr(bench_engine, "engine_trainer", lambda *nets, backend: wrong(*nets))
+    monkeypatch.setattr(bench_engine, "engine_trainer", lambda *nets, **_: wrong(*nets))
     code, out, _ = bench(capsys, tmp_path, *TINY_FLAGS, "--variants", "fastgan auto")
     assert code == 1
     assert "no figure: differs from the example: weight updates" in " ".join(out.split())
