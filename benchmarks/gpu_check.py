@@ -305,6 +305,10 @@ def _step(check: Check, seconds: float) -> Record:
     return run_in_child("step", check, seconds)
 
 
+def _capture(check: Check, seconds: float) -> Record:
+    return run_in_child("capture", check, seconds, of_step=True)
+
+
 def _ops(check: Check, seconds: float) -> Record:
     return run_in_child("ops", check, seconds)
 
@@ -323,6 +327,7 @@ PARTS = (
     Part("sanitizer", "tiny steps under compute-sanitizer", 50.0, run_sanitizer),
     Part("compile", "the kernels of the parts after it", 100.0, _compile),
     Part("step", "the whole step against float64", 40.0, _step),
+    Part("capture", "steps replayed from CUDA graphs", 40.0, _capture),
     Part("bench", "images a second of the whole step", 160.0, _bench),
     Part("passes", "batch norm, loss and images, each way", 20.0, _passes),
     Part("ops", "each convolution of DCGAN-64, each way", 80.0, _ops),

@@ -26,14 +26,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastgan.benchmarks import bench_bn_act, bench_conv, bench_engine, machine
 from fastgan.benchmarks.plan import VARIANTS, Cell
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from fastgan import gpu
-from fastgan.choices import Precision
+from fastgan.choices import Backend, Capture, Precision
+from fastgan.data.images import ImageSet
+from fastgan.data.loader import Loader
+from fastgan.engine.engine import Engine
 from fastgan.files import replace_file
+from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
 from fastgan.ops import conv, triton, tuning
 from fastgan.ops.augment import augment
 from fastgan.ops.backend import machine_reasons, use_backend
@@ -61,6 +67,7 @@ _OP_BATCH = 128
 # The way of torch, and the backend that it is.
 _TORCH, _TORCH_BACKEND = "cuDNN", "torch"
 _WORKERS = 8
+_REPLAYS = 2000
 _MOST_TILES = 4  # that an op chooses from
 _NVIDIA_SMI = (
     *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem"),
@@ -244,6 +251,122 @@ def _compare_steps(
             }
         )
     return rows
+
+
+def capture(job: Job, save: Save) -> bool:
+    """Steps replayed from CUDA graphs against the same ones run an operation at a time.
+
+    With batches of two sizes, each of which has a graph; then whether replays take memory, and what
+    they save.
+    """
+    cell = Cell(16, 1, 4, 4, 4) if job.dry_run else Cell(64, 3, 64)
+    steps = 8 if job.dry_run else 200
+    asked: list[tuple[Backend, Precision]] = [("reference", "fp32"), ("auto", "fp32")]
+    asked += [("auto", precision) for precision in ("tf32", *MIXED)]
+    rows: list[Record] = []
+    for backend, precision in asked[:2] if job.dry_run or job.quick else asked:
+        row: Record = {"backend": backend, "precision": precision}
+        rows.append(row)
+        try:
+            row |= _capture(cell, backend, precision, steps, job)
+        except Exception as failure:
+            row |= {"right": False, "reason": f"{type(failure).__name__}: {_one_line(failure)}"}
+        save({"cell": str(cell), "steps": steps, "replays": _REPLAYS, "rows": rows})
+    return all(row["right"] for row in rows)
+
+
+def _capture(
+    cell: Cell, backend: Backend, precision: Precision, steps: int, job: Job
+) -> dict[str, Any]:
+    uncaptured, captured = (
+        _loaded_engine(cell, backend, precision, capture, job.device) for capture in (False, "auto")
+    )
+    with _deterministic():
+        for _ in range(steps):
+            uncaptured.step()
+            captured.step()
+    differ = _differences(captured.state_dict(), uncaptured.state_dict())
+    found: dict[str, Any] = {
+        "captures": captured.captures,
+        "uncaptured": captured.uncaptured_reason,
+        "differ": differ,
+        "right": not differ and (job.dry_run or captured.captures == 2),
+    }
+    if not job.dry_run:
+        found["growth"] = _growth(captured)
+        found["right"] = found["right"] and found["growth"] == 0
+    if found["right"] and not job.without_own:
+        for name, engine in (("us_uncaptured", uncaptured), ("us", captured)):
+            found[name] = 1e6 * _step_seconds(engine, job)
+    return found
+
+
+def _loaded_engine(
+    cell: Cell, backend: Backend, precision: Precision, capture: Capture, device: torch.device
+) -> Engine:
+    """On images of no meaning, the last batch of each of whose epochs is smaller."""
+    draw = np.random.default_rng(0)
+    shape = (5 * cell.batch_size // 2, cell.image_size, cell.image_size, cell.nc)
+    data = ImageSet(draw.integers(0, 256, shape, dtype=np.uint8), None, (), "noise", "")
+    netG, netD, _ = bench_engine.inputs(cell, 0)
+    engine = Engine(
+        DCGANGenerator.from_state_dict(netG.state_dict()),
+        DCGANDiscriminator.from_state_dict(netD.state_dict()),
+        backend=backend,
+        precision=precision,
+        capture=capture,
+        ema=0.999,
+        device=device,
+    )
+    engine.attach(Loader(data, cell.batch_size, flip=True, device=device))
+    return engine
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """cuDNN may otherwise add in any order."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+def _differences(a: Record, b: Record) -> list[str]:
+    """The names of the tensors that are not the same to the bit; measured times may differ."""
+    ours, theirs = ({**state, "choices": {}} for state in (a, b))
+    pairs = zip(tree_leaves_with_path(ours), tree_leaves_with_path(theirs), strict=True)
+    return [
+        keystr(path)
+        for (path, x), (_, y) in pairs
+        if (not torch.equal(x, y) if isinstance(x, Tensor) else x != y)
+    ]
+
+
+def _growth(engine: Engine) -> int:
+    """Bytes of memory that replays have taken and not given back."""
+    torch.cuda.synchronize()
+    names = ("allocated_bytes.all.current", "reserved_bytes.all.current")
+    before = torch.cuda.memory_stats()
+    for _ in range(_REPLAYS):
+        engine.step()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    return max(after[name] - before[name] for name in names)
+
+
+def _step_seconds(engine: Engine, job: Job) -> float:
+    """The median over rounds of a few steps."""
+    taken = []
+    for _ in range(5):
+        machine.synchronize(job.device)
+        started = time.perf_counter()
+        for _ in range(1 if job.dry_run else 30):
+            engine.step()
+        machine.synchronize(job.device)
+        taken.append((time.perf_counter() - started) / (1 if job.dry_run else 30))
+    return statistics.median(taken)
 
 
 def ops(job: Job, save: Save) -> bool:
@@ -574,6 +697,7 @@ PARTS: dict[str, Callable[[Job, Save], bool]] = {
     "kernels": kernels,
     "compile": compile_all,
     "step": step,
+    "capture": capture,
     "passes": passes,
     "ops": ops,
     "bench": bench,

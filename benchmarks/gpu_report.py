@@ -79,6 +79,24 @@ def _step(result: Record) -> list[str]:
     return [said, "", *report.markdown_table(head, rows)]
 
 
+def _capture(result: Record) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        differ = row.get("differ", [])
+        wrong = [f"{len(differ)} differ, {differ[0]} first"] if differ else []
+        wrong += [row[key] for key in ("uncaptured", "reason") if row.get(key)]
+        both = _number(row.get("us_uncaptured"), ".0f"), _number(row.get("us"), ".0f")
+        counts = (_number(row.get(key), "d") for key in ("captures", "growth"))
+        rows.append((row["backend"], row["precision"], *counts, *both, "; ".join(wrong)))
+    said = (
+        f"{result['cell']}. After {result['steps']} steps with batches of two sizes, all that a "
+        f"checkpoint holds is to be the same to the bit; {result['replays']:,} replays may take no "
+        "memory."
+    )
+    head = ("backend", "precision", "graphs", "bytes taken", "µs uncaptured", "µs captured", "")
+    return [said, "", *report.markdown_table(head, rows)]
+
+
 def _ops(result: Record) -> list[str]:
     lines = [
         "Reached here: "
@@ -229,6 +247,7 @@ _SECTIONS = {
     "tests": _tests,
     "compile": _compile,
     "step": _step,
+    "capture": _capture,
     "bench": _bench,
     "passes": _passes,
     "ops": _ops,

@@ -88,6 +88,9 @@ def test_doctor(capsys, monkeypatch, without_cuda):
     assert re.search(r"cuda +no: ", out)
     assert torch.__version__.split("+")[0] in out
     assert f"cache: {cache_folder()}\n" in out
+    if not torch.cuda.is_available():
+        assert re.search(r"captured +no: CUDA graphs are of GPUs", out)
+        assert re.search(r"fp16 +no: needs a GPU", out) and re.search(r"bf16 +yes", out)
     monkeypatch.setenv("FASTGAN_BACKEND", "bogus")
     code, out, err = call(capsys, "doctor")
     assert (code, err) == (0, "") and re.search(r"auto +no: .*'bogus'", out)

@@ -271,7 +271,11 @@ def test_the_range_is_looked_at_in_the_first_batch_even_after_a_g_step():
         ({"loss": "mse"}, InputError, "loss='mse' is unknown"),
         ({"precision": "fp8"}, InputError, "precision='fp8' is unknown"),
         ({"precision": "fp16"}, InputError, "precision='fp16' needs a GPU; .* 'bf16' or 'fp32'"),
-        ({"capture": True}, InputError, "capture=True: steps on cpu are not captured"),
+        (
+            {"capture": True},
+            InputError,
+            "capture=True: CUDA graphs are of GPUs, and the step is on cpu; use 'auto'",
+        ),
         ({"capture": "yes"}, InputError, "capture='yes'"),
         ({"backend": "cuda"}, NotBuiltError, "backend='cuda'"),
         ({"d_output": "sigmoid"}, InputError, "d_output='sigmoid'"),

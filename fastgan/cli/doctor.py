@@ -63,6 +63,7 @@ def run(argv: list[str]) -> int:
             print(f"  {name:<12}not installed")
     _print_backends()
     _print_kernels()
+    _print_step()
     print(f"cache: {cache_folder()}")
     return DONE
 
@@ -116,6 +117,23 @@ def _print_kernels() -> None:
     print(_CONV)
     path = tuning.tuning_file()
     print(f"  measured choices: {len(tuning._read(path))} in {path}")
+
+
+def _print_step() -> None:
+    from typing import get_args
+
+    from fastgan import choices
+    from fastgan.engine.capture import uncapturable_reason
+    from fastgan.engine.engine import resolve_device
+    from fastgan.engine.precision import remark, unsupported_reason
+
+    device = resolve_device("auto")
+    print(f"step on {device}:")
+    reason = uncapturable_reason(device)
+    print(f"  {'captured':<12}{f'no: {reason}' if reason else 'yes, in CUDA graphs'}")
+    for name in get_args(choices.Precision):
+        reason, said = unsupported_reason(name, device), remark(name, device)
+        print(f"  {name:<12}{f'no: {reason}' if reason else f'yes; {said}' if said else 'yes'}")
 
 
 def _or_complaint(reasons: Callable[..., list[str]], *args: str) -> list[str]:

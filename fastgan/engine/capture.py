@@ -135,6 +135,13 @@ class GraphKind:
 GRAPHS: dict[str, GraphKind] = {"cuda": GraphKind(_cuda_pool, CudaGraph)}
 
 
+def uncapturable_reason(device: torch.device) -> str:
+    """Why no step on ``device`` is captured; empty where it can be."""
+    if device.type in GRAPHS:
+        return ""
+    return f"CUDA graphs are of GPUs, and the step is on {device.type}"
+
+
 @dataclasses.dataclass
 class _Recorded(Generic[Result]):
     """One graph, and what it reads and writes."""
@@ -169,12 +176,11 @@ class CapturedStep(Generic[Result]):
         self._insist = capture is True
         self.captures = 0
         self._device = self._state.device
-        self._kind = GRAPHS.get(self._device.type)
-        self.reason = "" if capture is not False else "capture=False"
-        if not self.reason and self._kind is None:
-            self.reason = f"steps on {self._device.type} are not captured, those on CUDA are"
-            if self._insist:
-                raise InputError(f"capture=True: {self.reason}; use 'auto'")
+        self.reason = uncapturable_reason(self._device)
+        if self.reason and self._insist:
+            raise InputError(f"capture=True: {self.reason}; use 'auto'")
+        if capture is False:
+            self.reason = "capture=False"
         self._pool: Any = None
         self._recorded: OrderedDict[Hashable, _Recorded[Result]] = OrderedDict()
         self._addresses: tuple[int, ...] = ()
@@ -288,10 +294,10 @@ class CapturedStep(Generic[Result]):
         return recorded.result
 
     def _new_graph(self) -> Graph:
-        assert self._kind is not None
+        kind = GRAPHS[self._device.type]
         if self._pool is None:
-            self._pool = self._kind.pool(self._device)
-        return self._kind.graph(self._device, self._pool)
+            self._pool = kind.pool(self._device)
+        return kind.graph(self._device, self._pool)
 
 
 def capture_step(

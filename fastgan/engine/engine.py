@@ -260,6 +260,11 @@ class Engine:
         return self._captured.reason
 
     @property
+    def captures(self) -> int:
+        """How many CUDA graphs have been captured, one for each kind of step and size of batch."""
+        return self._captured.captures
+
+    @property
     def ema_module(self) -> nn.Module | None:
         """The averaged generator, ready to be used in evaluation mode; None where ``ema`` is 0."""
         if self._ema is None:

@@ -49,18 +49,13 @@ class Precision:
         self.name = name
         self.low = _LOW.get(name)
         self._device = device
-        if name == "fp16" and device.type == "cpu":
-            raise InputError("precision='fp16' needs a GPU; on the CPU use 'bf16' or 'fp32'")
+        if reason := unsupported_reason(name, device):
+            raise InputError(f"precision={name!r} {reason}")
         if self.low is not None:
             for of, network in networks.items():
                 _require_float32(name, of, network)
-        if device.type == "cpu" and name == "bf16" and not _multiplies_bf16():
-            _say_once(
-                "precision='bf16': this CPU has no instructions for it and emulates it, slowly; "
-                "'fp32' is faster here"
-            )
-        if device.type == "cpu" and name == "tf32":
-            _say_once("precision='tf32': it is of GPUs; on the CPU the step computes in float32")
+        if said := remark(name, device):
+            _say_once(f"precision={name!r}: {said}")
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
@@ -159,10 +154,24 @@ def _require_float32(precision: str, name: str, network: nn.Module) -> None:
             )
 
 
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
+def unsupported_reason(name: str, device: torch.device) -> str:
+    """Why the precision ``name`` cannot be had on ``device``, and the mend; empty where it can."""
+    if name == "fp16" and device.type == "cpu":
+        return "needs a GPU; on the CPU use 'bf16' or 'fp32'"
+    return ""
+
+
+def remark(name: str, device: torch.device) -> str:
+    """What is to be known of the precision ``name`` on ``device``; empty where that is nothing."""
+    if device.type != "cpu":
+        return ""
+    if name == "tf32":
+        return "TF32 is of GPUs; on the CPU the step computes in float32"
     found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    multiplies_bf16 = any(found.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    if name == "bf16" and not multiplies_bf16:
+        return "this CPU has no instructions for it and emulates it, slowly; 'fp32' is faster here"
+    return ""
 
 
 def _say_once(message: str) -> None:

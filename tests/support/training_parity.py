@@ -66,9 +66,7 @@ def measure(
         with torch.no_grad():
             for p in (*netG.parameters(), *netD.parameters()):
                 p.mul_(1.0 + perturbation * torch.randn(p.shape, generator=draw))
-        engine = Engine(
-            netG, netD, **{"backend": "reference", **settings}, device="cpu", seed=seed
-        )
+        engine = Engine(netG, netD, **{"backend": "reference", **settings}, device="cpu", seed=seed)
         engine.attach(Loader(data, batch_size=batch, seed=seed))
         stats = [engine.step() for _ in range(steps)]
         losses = np.array([[s.loss_d.item(), s.loss_g.item()] for s in stats])

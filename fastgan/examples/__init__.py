@@ -1,0 +1,1 @@
+"""fastgan inside other training code: short programs, each complete, to read and to run."""
