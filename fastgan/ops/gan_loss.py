@@ -12,6 +12,7 @@ the form that neither overflows nor loses the small values. A generator that min
 
 from __future__ import annotations
 
+import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,12 +55,12 @@ def gan_loss_forward(
 def _cpp_forward(logits: Tensor, targets: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     groups = len(targets)
     loss, d, dlogits = cpp.empty(groups), cpp.empty(groups), cpp.empty(*logits.shape)
-    target = torch.tensor(targets, dtype=torch.float32)
+    target = array.array("f", targets)
     cpp.kernels().bce_forward(
         groups,
         logits.numel() // groups,
         logits.data_ptr(),
-        target.data_ptr(),
+        target.buffer_info()[0],
         loss.data_ptr(),
         d.data_ptr(),
         dlogits.data_ptr(),
