@@ -531,7 +531,7 @@ def test_two_processes_build_at_once(tmp_path):
     source.write_text("#include <cuda_runtime.h>\n")
     build = (
         "import pathlib, sys; from support import cuda_host\n"
-        "cuda_host._folder = lambda: pathlib.Path(sys.argv[1])\n"
+        "cuda_host.build_folder = lambda: pathlib.Path(sys.argv[1])\n"
         "print(cuda_host.build('own', [pathlib.Path('own.cu')], root=pathlib.Path(sys.argv[1])))"
     )
     environment = {**os.environ, "PYTHONPATH": str(cuda_host.TESTS)}

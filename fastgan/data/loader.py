@@ -112,12 +112,13 @@ class Loader:
         part = slice(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
         index = self._order[part]
         flips = self._flips[part] if self._flips is not None else None
-        labels = self._labels[index].to(self.device) if self._labels is not None else None
+        labels = self._labels[index] if self._labels is not None else None
         source = index
         if self._images.device != self.device:
-            source = self._images[index]
-            if self.device.type == "cuda":
-                source = source.pin_memory()
+            source = self._copyable(self._images[index])
+            flips = self._copyable(flips) if flips is not None else None
+            if labels is not None:
+                labels = self._copyable(labels).to(self.device, non_blocking=True)
         self.batch += 1
         if self.batch == len(self):
             self._start_epoch(self.epoch + 1)
@@ -176,9 +177,11 @@ class Loader:
         self._flips = self._beside_images(flips) if flips is not None else None
 
     def _beside_images(self, x: Tensor) -> Tensor:
-        if self._images.device.type == "cpu":
-            return x
-        return x.pin_memory().to(self._images.device, non_blocking=True)
+        return self._copyable(x).to(self._images.device, non_blocking=True)
+
+    def _copyable(self, x: Tensor) -> Tensor:
+        """``x`` in memory that a GPU can copy from while the host goes on."""
+        return x.pin_memory() if self.device.type == "cuda" else x
 
 
 def _as_tensor(images: np.ndarray[Any, Any]) -> Tensor:

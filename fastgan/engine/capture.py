@@ -359,15 +359,15 @@ class _State:
     """All that a step changes."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
-        self._parts = tuple(parts)
-        for part in self._parts:
+        self.parts = tuple(parts)
+        for part in self.parts:
             if not isinstance(part, get_args(Part)):
                 raise InputError(
                     f"state: a {type(part).__name__} cannot be put back; give modules, optimisers, "
                     "gradient scalers and tensors"
                 )
-        self._modules = [p for p in self._parts if isinstance(p, nn.Module)]
-        self._optimizers = [p for p in self._parts if isinstance(p, torch.optim.Optimizer)]
+        self._modules = [p for p in self.parts if isinstance(p, nn.Module)]
+        self._optimizers = [p for p in self.parts if isinstance(p, torch.optim.Optimizer)]
         found = {t.device for t in self.tensors() if t.ndim}
         if len(found) != 1:
             where = ", ".join(sorted(map(str, found))) or "no device: it holds no tensor"
@@ -390,7 +390,7 @@ class _State:
                 found += [value for value in moments.values() if isinstance(value, Tensor)]
             for group in optimizer.param_groups:
                 found += [value for value in group.values() if isinstance(value, Tensor)]
-        for part in self._parts:
+        for part in self.parts:
             if isinstance(part, Tensor):
                 found.append(part)
             elif isinstance(part, torch.amp.GradScaler) and part._scale is not None:

@@ -106,8 +106,15 @@ def resolve_backend(requested: str = "auto") -> str:
         return requested
     reasons = machine_reasons(requested)
     if reasons:
-        raise NotBuiltError(f"backend={requested!r}: {'; '.join(reasons)}; use 'reference'")
+        instead = _instead(requested, "use 'reference'")
+        raise NotBuiltError(f"backend={requested!r}: {'; '.join(reasons)}; {instead}")
     return requested
+
+
+def _instead(requested: str, mend: str) -> str:
+    """``mend``, which the environment would undo where it has named the backend."""
+    named = os.environ.get("FASTGAN_BACKEND") == requested
+    return f"{mend}, and unset FASTGAN_BACKEND" if named else mend
 
 
 @contextlib.contextmanager
@@ -150,7 +157,8 @@ def select_backend(op: str, *tensors: Tensor | None) -> str:
         return "reference"
     reasons = unsupported_reasons(op, requested, *tensors)
     if reasons:
-        raise NotBuiltError(f"backend={requested!r}: {op}: {'; '.join(reasons)}; use 'auto'")
+        instead = _instead(requested, "use 'auto'")
+        raise NotBuiltError(f"backend={requested!r}: {op}: {'; '.join(reasons)}; {instead}")
     return requested
 
 

@@ -143,7 +143,7 @@ def build(
 
     A source is compiled anew only where what the preprocessor makes of it has changed.
     """
-    folder = _folder()
+    folder = build_folder()
     include = [f"-I{path}" for path in (HEADERS, *includes)]
     flags = [*FLAGS, *include]
     kernel_flags = [*flags, *(SANITIZER_FLAGS[sanitizer] if sanitizer else ())]
@@ -160,7 +160,7 @@ def build(
         link = [*objects, "-shared", "-pthread"]
         if sanitizer:
             link.append(next(f for f in SANITIZER_FLAGS[sanitizer] if f.startswith("-fsanitize=")))
-        _make(target, link, root)
+        make(target, link, root)
     return target
 
 
@@ -172,11 +172,16 @@ def _object(root: Path, folder: Path, source: Path, flags: list[str]) -> Path:
     key = hashlib.sha256("\0".join([_compiler(), *map(str, flags), preprocessed]).encode())
     target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
     if not target.exists():
-        _make(target, [*compile_it, "-c"], root)
+        make(target, [*compile_it, "-c"], root)
     return target
 
 
-def _make(target: Path, arguments: Sequence[Any], root: Path) -> None:
+def make(target: Path, arguments: Sequence[Any], root: Path = ROOT) -> None:
+    """``target``, by g++ in the folder ``root``.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
     # Another process may make the same: the last to be ready stays, and they are alike.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
@@ -211,7 +216,8 @@ def _pybind11() -> Path | None:
 
 
 @functools.cache
-def _folder() -> Path:
+def build_folder() -> Path:
+    """Where all that is built is kept."""
     elsewhere = Path(tempfile.gettempdir(), f"fastgan-cuda-on-host-{os.getuid()}")
     for folder in (ROOT / "build" / "cuda_on_host", elsewhere):
         with contextlib.suppress(OSError):
