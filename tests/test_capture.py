@@ -485,3 +485,88 @@ def test_it_is_public():
     assert fastgan.capture_step is capture_step
     with use_backend("reference"):
         assert fastgan.CapturedStep is captures.CapturedStep
+
+
+class FakeCuda:
+    """The names of ``torch.cuda`` that a graph needs, each call of which is written down."""
+
+    def __init__(self, monkeypatch, fail=""):
+        self.log, self.fail = [], fail
+        self.default = torch.Generator()
+        names = ("CUDAGraph", "graph", "Stream", "current_stream", "stream", "device")
+        for name in (*names, "get_sync_debug_mode", "set_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name), raising=False)
+        monkeypatch.setattr(torch.cuda, "default_generators", (self.default,), raising=False)
+        monkeypatch.setattr(captures, "_streams", {})
+
+    def CUDAGraph(self):  # noqa: N802
+        return self
+
+    def register_generator_state(self, generator):
+        self.log.append(("register", generator))
+
+    def replay(self):
+        self.log.append("replay")
+
+    @contextlib.contextmanager
+    def graph(self, graph, **settings):
+        self.log.append(("capture", settings))
+        if self.fail:
+            raise RuntimeError(self.fail)
+        yield
+        self.log.append("captured")
+
+    def Stream(self, device):  # noqa: N802
+        return self
+
+    def current_stream(self, device):
+        return self
+
+    def wait_stream(self, other):
+        self.log.append("wait")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.log.append("side stream")
+        yield
+        self.log.append("back")
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def get_sync_debug_mode(self):
+        return 0
+
+    def set_sync_debug_mode(self, mode):
+        self.log.append(("sync", mode))
+
+
+def test_a_cuda_graph_is_made_as_torch_wants_it(monkeypatch):
+    fake, generator = FakeCuda(monkeypatch), torch.Generator()
+    graph = captures.CudaGraph(torch.device("cuda:0"), "pool")
+    with graph.warm_up(strict=False):
+        pass
+    assert fake.log == ["wait", "side stream", "back", ("sync", 0), "wait"]
+    fake.log.clear()
+    with pytest.raises(RuntimeError, match="a wait"), graph.warm_up(strict=True):
+        raise RuntimeError("a wait")
+    # The side stream, and whether waiting is an error, are as before.
+    assert fake.log == ["wait", "side stream", ("sync", "error"), ("sync", 0), "wait"]
+    fake.log.clear()
+    with graph.record([generator]):
+        fake.log.append("step")
+    graph.replay()
+    settings = {"pool": "pool", "stream": fake, "capture_error_mode": "thread_local"}
+    assert fake.log[:2] == [("register", generator), ("capture", settings)]
+    assert fake.log[2:] == ["step", "captured", "replay"]
+
+
+def test_a_failed_capture_leaves_its_generators_drawing(monkeypatch):
+    """torch leaves them waiting for the rest of the capture: they get a state of their own."""
+    fake, generator = FakeCuda(monkeypatch, fail="not permitted"), torch.Generator()
+    left = []
+    monkeypatch.setattr(captures, "_leave_capture", left.append)
+    graph = captures.CudaGraph(torch.device("cuda:0"), "pool")
+    with pytest.raises(RuntimeError, match="not permitted"), graph.record([generator]):
+        pass
+    assert left == [generator, fake.default]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar, get_args
@@ -66,7 +67,9 @@ class CudaGraph:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), warnings.catch_warnings():
+                # Of the mode itself, which torch calls a prototype.
+                warnings.simplefilter("ignore")
                 if strict:
                     torch.cuda.set_sync_debug_mode("error")
                 yield
