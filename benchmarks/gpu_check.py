@@ -31,7 +31,10 @@ from fastgan.errors import InputError
 from fastgan.files import replace_file
 
 # In this order: the file of each, and what it is about.
-TESTS = ("triton*", "conv", "bn_act", "gan_loss", "augment", "block", "engine", "parity")
+TESTS = (
+    *("triton*", "conv", "bn_act", "gan_loss", "augment", "block", "engine", "parity"),
+    *("accelerate",),
+)
 # Of these the ops' speeds depend, of the others only those of the whole step.
 _KERNEL_TESTS = ("triton", "conv", "bn_act", "gan_loss", "augment", "block")
 _DRY_RUN_TESTS = ("augment",)
@@ -140,6 +143,8 @@ class Check:
             reasons.append(f"compute-sanitizer: {watched['reason']}")
         if of_step and self.record["parts"].get("step", {}).get("status") == "failed":
             reasons.append("the step by the kernels failed its check")
+        if of_step and self.record["parts"].get("capture", {}).get("status") == "failed":
+            reasons.append("captured steps failed their check")
         return "; ".join(reasons)
 
     def _share(self, i: int) -> float:
@@ -321,6 +326,10 @@ def _bench(check: Check, seconds: float) -> Record:
     return run_in_child("bench", check, seconds, of_step=True)
 
 
+def _accelerate(check: Check, seconds: float) -> Record:
+    return run_in_child("accelerate", check, seconds, of_step=True)
+
+
 PARTS = (
     Part("machine", "the GPU, its driver and clocks, the versions", 20.0, _machine),
     Part("tests", "the tests, natively", 120.0, run_tests),
@@ -329,6 +338,7 @@ PARTS = (
     Part("step", "the whole step against float64", 40.0, _step),
     Part("capture", "steps replayed from CUDA graphs", 40.0, _capture),
     Part("bench", "images a second of the whole step", 160.0, _bench),
+    Part("accelerate", "the example's loop on accelerated networks", 30.0, _accelerate),
     Part("passes", "batch norm, loss and images, each way", 20.0, _passes),
     Part("ops", "each convolution of DCGAN-64, each way", 80.0, _ops),
 )

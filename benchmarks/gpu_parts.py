@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastgan.benchmarks import bench_bn_act, bench_conv, bench_engine, machine
+from fastgan.benchmarks import bench_accelerate, bench_bn_act, bench_conv, bench_engine, machine
 from fastgan.benchmarks.plan import VARIANTS, Cell
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_leaves_with_path
@@ -647,10 +647,23 @@ def _seconds(call: Callable[[], object], job: Job) -> float:
 
 def bench(job: Job, save: Save) -> bool:
     """Images a second of the whole step, each cell as ``fastgan bench`` measures it."""
+    return _measure(_variants(job), _cells(job), job, save)
+
+
+def accelerate(job: Job, save: Save) -> bool:
+    """The example's own loop as it is, and with ``fastgan.accelerate`` on both networks."""
+    variants = bench_accelerate.variants()
+    if job.without_own:
+        variants = [v for v in variants if v.name in VARIANTS]
+    return _measure(variants, _cells(job)[:1], job, save)
+
+
+def _measure(
+    variants: Sequence[bench_engine.Variant], cells: Sequence[Cell], job: Job, save: Save
+) -> bool:
     effort = bench_engine.Effort(5.0 if job.quick else 15.0)
     if job.dry_run:
         effort = bench_engine.Effort(0.0, rounds=1, turn=0.0)
-    variants = _variants(job)
     record: Record = {
         "machine": machine.describe(job.device),
         "check": bench_engine.CHECK,
@@ -660,7 +673,7 @@ def bench(job: Job, save: Save) -> bool:
     if job.without_own:
         record["withheld"] = job.without_own
     save(record)
-    for cell in _cells(job):
+    for cell in cells:
         found = bench_engine.measure_cell(cell, variants, effort, device=job.device)
         record["cells"].append(found)
         save(record)
@@ -701,6 +714,7 @@ PARTS: dict[str, Callable[[Job, Save], bool]] = {
     "passes": passes,
     "ops": ops,
     "bench": bench,
+    "accelerate": accelerate,
 }
 
 

@@ -249,6 +249,7 @@ _SECTIONS = {
     "step": _step,
     "capture": _capture,
     "bench": _bench,
+    "accelerate": _bench,
     "passes": _passes,
     "ops": _ops,
 }

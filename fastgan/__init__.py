@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastgan.engine.capture import CapturedStep, capture_step
     from fastgan.engine.engine import Engine, StepStats
     from fastgan.errors import InputError, NotBuiltError, RunError
+    from fastgan.nn.accelerate import accelerate, explain
     from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
     from fastgan.nn.registry import build_model, register_model
     from fastgan.ops.augment import augment
@@ -34,6 +35,7 @@ _HOMES = {
     "NotBuiltError": "fastgan.errors",
     "RunError": "fastgan.errors",
     "StepStats": "fastgan.engine.engine",
+    "accelerate": "fastgan.nn.accelerate",
     "augment": "fastgan.ops.augment",
     "bce_loss": "fastgan.ops.gan_loss",
     "bn_act": "fastgan.ops.bn_act",
@@ -41,6 +43,7 @@ _HOMES = {
     "conv": "fastgan.ops.conv",
     "conv_bn_act": "fastgan.ops.block",
     "conv_transpose_bn_act": "fastgan.ops.block",
+    "explain": "fastgan.nn.accelerate",
     "gan_loss": "fastgan.ops.gan_loss",
     "build_model": "fastgan.nn.registry",
     "load_images": "fastgan.data.images",
@@ -60,6 +63,7 @@ __all__ = [
     "RunError",
     "StepStats",
     "__version__",
+    "accelerate",
     "augment",
     "bce_loss",
     "bn_act",
@@ -68,6 +72,7 @@ __all__ = [
     "conv",
     "conv_bn_act",
     "conv_transpose_bn_act",
+    "explain",
     "gan_loss",
     "load_images",
     "register_model",

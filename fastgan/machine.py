@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -15,6 +16,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
 
 
+@functools.cache  # asked for by each op that is measured
 def cpu_name() -> str:
     """The CPU's model name, as far as the system says."""
     try:

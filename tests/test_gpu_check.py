@@ -293,6 +293,7 @@ def failed_tests(*names):
         (failed_tests("triton"), "test_triton.py failed", "test_triton.py failed"),
         (failed_tests("engine"), None, "test_engine.py failed"),
         (part("step", found("failed")), None, "the step by the kernels failed its check"),
+        (part("capture", found("failed")), None, "captured steps failed their check"),
         (part("sanitizer", found("failed", reason="bad")), "sanitizer: bad", "sanitizer: bad"),
         (part("step", found("unfinished")), None, None),
     ],
@@ -315,6 +316,27 @@ def test_without_own_the_others_are_measured(tmp_path):
     lines = markdown(made_up(bench=records[-1]))
     assert "No speeds of fastgan: test_triton.py failed." in lines and "channels_last" in lines
     assert list(gpu_parts._ways(gpu_parts._layers(job)[0], "tf32", job)) == ["cuDNN"]
+
+
+def test_accelerated_networks_are_measured(tmp_path):
+    records = []
+    assert gpu_parts.accelerate(gpu_parts.Job(dry_run=True), records.append)
+    (cell,) = records[-1]["cells"]
+    assert [v["status"] for v in cell["variants"]] == ["ok"] * 4
+    assert "accelerate channels_last" in markdown(made_up(accelerate=records[-1]))
+    job = gpu_parts.Job(dry_run=True, without_own="test_triton.py failed")
+    assert gpu_parts.accelerate(job, records.append)
+    assert len(records[-1]["cells"][0]["variants"]) == 2
+
+
+def test_captured_steps_are_compared():
+    """Here as they are written; with a stand-in for graphs in tests/test_capture.py."""
+    records = []
+    assert gpu_parts.capture(gpu_parts.Job(dry_run=True), records.append)
+    rows = records[-1]["rows"]
+    assert [(row["backend"], row["captures"]) for row in rows] == [("reference", 0), ("auto", 0)]
+    lines = markdown(made_up(capture=records[-1]))
+    assert "| auto | fp32 | 0 |" in lines and "CUDA graphs are of GPUs" in lines
 
 
 def test_the_layers_are_those_of_dcgan_64():

@@ -18,7 +18,7 @@ from fastgan.benchmarks.example_dcgan import Discriminator, Generator, weights_i
 NZ, SIZE = 64, 32
 
 
-def main(steps: int = 300, out: str = "accelerate_loop.png") -> None:
+def main(steps: int = 1000, out: str = "accelerate_loop.png") -> None:
     """Train on the embedded digits for so many steps, and draw samples to a file."""
     accelerator = Accelerator()
     netG = fastgan.accelerate(Generator(NZ, 32, 1, SIZE).apply(weights_init))

@@ -1,6 +1,6 @@
 """A Lightning module with manual optimisation, on fastgan's networks, loss and data.
 
-``pip install lightning``, then ``python -m fastgan.examples.lightning_module --steps 300``
+``pip install lightning``, then ``python -m fastgan.examples.lightning_module``
 """
 
 import lightning as L
@@ -46,7 +46,7 @@ class DCGAN(L.LightningModule):
         self.log_dict({"loss_d": loss_d.sum(), "loss_g": loss_g.sum()}, prog_bar=True)
 
 
-def main(steps: int = 300, out: str = "lightning_module.png") -> None:
+def main(steps: int = 1000, out: str = "lightning_module.png") -> None:
     """Train on the embedded digits for so many steps, and draw samples to a file."""
     images = torch.from_numpy(fastgan.load_images("digits", 32).images)
     trainer = L.Trainer(max_steps=2 * steps, logger=False, enable_checkpointing=False)

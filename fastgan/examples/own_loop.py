@@ -1,6 +1,6 @@
 """A loop of your own: your networks, run fused, and your step, captured in a CUDA graph on a GPU.
 
-``python -m fastgan.examples.own_loop --steps 300``
+``python -m fastgan.examples.own_loop``
 """
 
 import torch
@@ -14,7 +14,7 @@ import fastgan
 NZ, SIZE = 64, 32
 
 
-def main(steps: int = 300, out: str = "own_loop.png") -> None:
+def main(steps: int = 1000, out: str = "own_loop.png") -> None:
     """Train on the embedded digits for so many steps, and draw samples to a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     netG = nn.Sequential(

@@ -2,16 +2,18 @@
 
 ``Conv2d`` or ``ConvTranspose2d``, then ``BatchNorm2d`` or none, then ``ReLU``, ``LeakyReLU``,
 ``Tanh`` or none, are one block of :mod:`fastgan.ops.block`. The modules stay what they are: their
-parameters, state-dict keys and training modes are read at each call.
+parameters, state-dict keys and training modes are read at each call, and so is whether they may be
+fused: what has come by a hook since runs as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from fastgan.ops.activation import ACTIVATIONS
@@ -19,6 +21,12 @@ from fastgan.ops.block import conv_bn_act, conv_transpose_bn_act
 from fastgan.ops.bn_act import bn_act
 from fastgan.ops.conv import conv
 
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+}
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -27,8 +35,19 @@ _HOOKS = (
 )
 
 
+class Activation(NamedTuple):
+    """An activation that is called as a function, ``F.leaky_relu(x, 0.2)``, among modules."""
+
+    name: str
+    negative_slope: float = 0.0
+
+
+Part = nn.Module | Activation
+Parts = TypeVar("Parts", bound=Part)
+
+
 class Block(NamedTuple):
-    """Modules that follow one another and run as one."""
+    """Parts that follow one another and run as one."""
 
     convolution: nn.Conv2d | nn.ConvTranspose2d
     batch_norm: nn.BatchNorm2d | None
@@ -44,6 +63,8 @@ def altered(module: nn.Module) -> str | None:
         return "is parametrized"
     if "forward" in vars(module):
         return "has its forward replaced"
+    if torch_module._has_any_global_hook():
+        return "has hooks, as every module has while a global one is registered"
     return None
 
 
@@ -70,24 +91,53 @@ def batch_norm_arguments(bn: nn.modules.batchnorm._BatchNorm, groups: int) -> di
     }
 
 
-def split_blocks(modules: Sequence[nn.Module]) -> Iterator[Block | nn.Module]:
-    """``modules`` in order, those that make a block together as one."""
+def split_blocks(parts: Sequence[Parts]) -> Iterator[Block | Parts]:
+    """``parts`` in order, those that make a block together as one."""
     i = 0
-    while i < len(modules):
-        first = modules[i]
+    while i < len(parts):
+        first = parts[i]
         i += 1
-        if not _is_plain_convolution(first):
+        if not isinstance(first, CONVOLUTIONS) or convolution_obstacle(first):
             yield first
             continue
-        batch_norm = None
-        if i < len(modules) and type(modules[i]) is nn.BatchNorm2d and not altered(modules[i]):
-            batch_norm = modules[i]
-            i += 1
-        activation, slope = "none", 0.0
-        if i < len(modules) and not altered(modules[i]):
-            activation, slope = _activation(modules[i])
-            i += activation != "none"
-        yield Block(first, batch_norm, activation, slope)  # type: ignore[arg-type]
+        batch_norm = _batch_norm(parts[i]) if i < len(parts) else None
+        i += batch_norm is not None
+        activation = _activation(parts[i]) if i < len(parts) else Activation("none")
+        i += activation.name != "none"
+        yield Block(first, batch_norm, *activation)
+
+
+def run_parts(x: Tensor, *parts: Part) -> Tensor:
+    """``parts`` one after another, in blocks as far as they make some."""
+    for part in split_blocks(parts):
+        if isinstance(part, Block):
+            x = run_block(part, x, 1)
+        elif isinstance(part, Activation):
+            x = ACTIVATIONS[part.name](x, part.negative_slope)
+        else:
+            x = part(x)
+    return x
+
+
+def is_channels_last(x: object) -> bool:
+    """Whether ``x`` is a tensor in ``torch.channels_last`` alone: some sizes are contiguous too."""
+    return (
+        isinstance(x, Tensor)
+        and x.ndim == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
+
+
+def plain(x: Tensor) -> Tensor:
+    """``x``, contiguous if it is in ``torch.channels_last``."""
+    return x.contiguous() if is_channels_last(x) else x
+
+
+def laid_out_as(y: Tensor, x: Tensor, convolution: nn.Module) -> Tensor:
+    """``y`` as PyTorch's own ``convolution`` of ``x`` lays out its result: ready for ``view``."""
+    weight = getattr(convolution, "weight", None)
+    return y if is_channels_last(x) or is_channels_last(weight) else plain(y)
 
 
 def run_block(block: Block, x: Tensor, groups: int) -> Tensor:
@@ -102,6 +152,8 @@ def run_block(block: Block, x: Tensor, groups: int) -> Tensor:
     weight, bias = convolution.weight, convolution.bias
     if batch_norm is None:
         return conv(x, weight, bias, transposed=transposed, **sizes, **end)
+    if x.ndim != 4:
+        batch_norm._check_input_dim(x)  # raises: the op takes other ranks, the module does not
     norm = batch_norm_arguments(batch_norm, groups)
     if norm is None:
         y = conv(x, weight, bias, transposed=transposed, **sizes)
@@ -122,26 +174,40 @@ def _each_group(module: nn.Module, x: Tensor, groups: int) -> Tensor:
     return module(x) if groups == 1 else torch.cat([module(part) for part in x.chunk(groups)])
 
 
-def _is_plain_convolution(module: nn.Module) -> bool:
-    return (
-        isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
-        and type(module) in (nn.Conv2d, nn.ConvTranspose2d)
-        and not altered(module)
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and module.stride[0] == module.stride[1]
-        and module.padding[0] == module.padding[1]
-        and tuple(module.dilation) == (1, 1)
-        and tuple(module.output_padding) == (0, 0)
-    )
+def convolution_obstacle(module: nn.Conv2d | nn.ConvTranspose2d) -> str | None:
+    """What keeps ``module`` out of a block; None if nothing does."""
+    if change := altered(module):
+        return change
+    if type(module) not in CONVOLUTIONS:
+        return f"is a {type(module).__name__}, which may do anything"
+    if isinstance(module.padding, str):
+        return f"has padding={module.padding!r}"
+    usual = {
+        "groups": 1,
+        "padding_mode": "zeros",
+        "dilation": (1, 1),
+        "output_padding": (0, 0),
+    }
+    for name, value in usual.items():
+        if getattr(module, name) != value:
+            return f"has {name}={getattr(module, name)!r}"
+    for name in ("stride", "padding"):
+        down, across = getattr(module, name)
+        if down != across:
+            return f"has {name}={(down, across)}"
+    return None
 
 
-def _activation(module: nn.Module) -> tuple[str, float]:
-    if type(module) is nn.ReLU:
-        return "relu", 0.0
-    if type(module) is nn.LeakyReLU:
-        return "leaky_relu", module.negative_slope
-    if type(module) is nn.Tanh:
-        return "tanh", 0.0
-    return "none", 0.0
+def _batch_norm(part: Part) -> nn.BatchNorm2d | None:
+    if isinstance(part, nn.BatchNorm2d) and type(part) is nn.BatchNorm2d and not altered(part):
+        return part
+    return None
+
+
+def _activation(part: Part) -> Activation:
+    if isinstance(part, Activation):
+        return part
+    if type(part) in ACTIVATION_MODULES and not altered(part):
+        slope = part.negative_slope if isinstance(part, nn.LeakyReLU) else 0.0
+        return Activation(ACTIVATION_MODULES[type(part)], slope)
+    return Activation("none")

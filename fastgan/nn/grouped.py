@@ -4,7 +4,8 @@ Only batch norm looks across the samples of a batch, so where every other leaf w
 by itself, ``groups`` passes are one pass whose batch norms keep the groups apart. A module that
 might look across samples in another way, or that changes with each call (spectral norm, dropout,
 hooks), is not grouped; :func:`grouping_obstacle` says why not. Blocks of convolution, batch norm
-and activation in a plain ``Sequential`` run fused, with one batch as with several.
+and activation in a plain ``Sequential``, or an accelerated one, run fused, with one batch as with
+several.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan.nn.blocks import Block, altered, run_batch_norm, run_block, split_blocks
+from fastgan.nn.blocks import (
+    Block,
+    altered,
+    is_channels_last,
+    plain,
+    run_batch_norm,
+    run_block,
+    split_blocks,
+)
 
 
 @runtime_checkable
@@ -40,6 +49,17 @@ _PER_SAMPLE = frozenset(
         *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d),
     }
 )
+
+# They return the memory format that they get and compute the same in each. Dropout does not: it
+# draws in the order of memory.
+_LAYOUT_KEPT = (_PER_SAMPLE | {nn.BatchNorm2d, nn.InstanceNorm2d}) - {
+    nn.Linear,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.LayerNorm,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+}
 
 _WHY_NOT = {
     "has hooks": "has hooks, which would see both batches at once",
@@ -78,21 +98,60 @@ def grouped_forward(module: nn.Module, x: Tensor, groups: int) -> Tensor:
     """
     if groups > 1 and isinstance(module, _Grouped):
         return module.forward_grouped(x, groups)
-    if type(module) is nn.Sequential and not altered(module):
-        for part in split_blocks(list(module)):
-            if isinstance(part, Block):
-                x = run_block(part, x, groups)
-            else:
-                x = grouped_forward(part, x, groups)
-        return x
+    if _is_sequence(module) and not altered(module):
+        return _run_sequence(module, x, groups)
     if groups > 1 and isinstance(module, _BATCH_NORMS):
         return run_batch_norm(module, x, groups)
     return module(x)
 
 
+def sequence_forward(self: nn.Module, input: Tensor) -> Tensor:
+    """In place of :meth:`torch.nn.Sequential.forward`, what accelerated ones have.
+
+    Blocks hand ``torch.channels_last`` to one another. What others are given, who may call
+    ``view``, is laid out as PyTorch's own convolutions do it: as their input or weight is.
+    """
+    x, is_plain = _run_in_layout(self, input, not is_channels_last(input))
+    return plain(x) if is_plain else x
+
+
+def _run_in_layout(module: nn.Module, x: Tensor, is_plain: bool) -> tuple[Tensor, bool]:
+    """What the children make of ``x``. ``is_plain`` goes with it, in and out: whether PyTorch would
+    have it otherwise than in ``torch.channels_last``."""
+    for part in split_blocks(_children(module)):
+        if isinstance(part, Block):
+            x = run_block(part, x, 1)
+            is_plain = is_plain and not is_channels_last(part.convolution.weight)
+        elif _is_sequence(part) and not altered(part):
+            x, is_plain = _run_in_layout(part, x, is_plain)
+        elif type(part) in _LAYOUT_KEPT and not altered(part):
+            x = part(x)
+        else:
+            x = part(plain(x) if is_plain else x)
+            is_plain = not is_channels_last(x)
+    return x, is_plain
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential or type(module).forward is sequence_forward
+
+
+def _children(sequence: nn.Module) -> list[nn.Module]:
+    return list(sequence)  # type: ignore[call-overload]
+
+
+def _run_sequence(module: nn.Module, x: Tensor, groups: int) -> Tensor:
+    for part in split_blocks(_children(module)):
+        if isinstance(part, Block):
+            x = run_block(part, x, groups)
+        else:
+            x = grouped_forward(part, x, groups)
+    return x
+
+
 def _walks_children(module: nn.Module) -> bool:
     """Whether ``grouped_forward`` goes through ``module``'s children as its ``forward`` does."""
-    if type(module) is nn.Sequential:
+    if _is_sequence(module):
         return True
     # A subclass that overrides forward alone has a forward_grouped that no longer matches it.
     for cls in type(module).__mro__:
