@@ -222,7 +222,7 @@ class Stubborn(TapeGraph):
 
     @contextlib.contextmanager
     def record(self, generators):
-        with super().record(generators), CaptureGuard(generators):
+        with CaptureGuard(generators), super().record(generators):
             yield
 
 

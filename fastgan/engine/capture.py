@@ -186,7 +186,7 @@ class CapturedStep(Generic[Result]):
             self.reason = "capture=False"
         self._pool: Any = None
         self._recorded: OrderedDict[Hashable, _Recorded[Result]] = OrderedDict()
-        self._addresses: tuple[int, ...] = ()
+        self._places: list[int] = []
         self._has_run = False
 
     def __call__(self, *args: Any) -> Result:
@@ -205,11 +205,11 @@ class CapturedStep(Generic[Result]):
         if self.reason:
             return self._fn(*self._on_device(args))
         # A graph reads and writes where things lay when it was recorded.
-        addresses = self._state.addresses()
-        if addresses != self._addresses:
+        places, settings = self._state.places_and_settings()
+        if places != self._places:
             self._recorded.clear()
-            self._addresses = addresses
-        key = (_signature(args), self._state.settings(), _environment(self._device))
+            self._places, settings = self._state.places_and_settings(anew=True)
+        key = (_signature(args), settings, _environment(self._device))
         if key not in self._recorded:
             if not self._has_run and self._state.lacks_moments():
                 return self._first(args)
@@ -248,7 +248,7 @@ class CapturedStep(Generic[Result]):
                     with graph.warm_up(strict=i == _WARM_UPS - 1):
                         self._fn(*inputs)
                 self._state.restore(before)
-                addresses = self._state.addresses()
+                places, _ = self._state.places_and_settings(anew=True)
                 with graph.record(self._generators):
                     result = self._fn(*inputs)
         except Exception as error:
@@ -256,11 +256,11 @@ class CapturedStep(Generic[Result]):
             first = (str(error).splitlines() or [type(error).__name__])[0]
             self._give_up(f"{type(error).__name__}: {first}", error)
             return None
-        if self._state.addresses() != addresses:
+        if self._state.places_and_settings()[0] != places:
             self._state.restore(before)
             self._give_up("it moves a parameter, a buffer or an optimiser's state to new memory")
             return None
-        self._addresses = addresses
+        self._places = places
         self.captures += 1
         gradients = [(p, p.grad) for p in self._state.parameters]
         return _Recorded(graph, inputs, result, gradients)
@@ -371,6 +371,7 @@ class _State:
                 )
         self._modules = [p for p in self.parts if isinstance(p, nn.Module)]
         self._optimizers = [p for p in self.parts if isinstance(p, torch.optim.Optimizer)]
+        self._parts_of_modules: list[nn.Module] = []
         found = {t.device for t in self.tensors() if t.ndim}
         if len(found) != 1:
             where = ", ".join(sorted(map(str, found))) or "no device: it holds no tensor"
@@ -400,19 +401,35 @@ class _State:
                 found += [part._scale, part._growth_tracker]  # type: ignore[list-item]
         return list(dict.fromkeys(found))
 
-    def addresses(self) -> tuple[int, ...]:
-        return tuple(tensor.data_ptr() for tensor in self.tensors())
+    def places_and_settings(self, anew: bool = False) -> tuple[list[int], Hashable]:
+        """Where all of it lies, and what a recorded step has read of it besides tensors.
 
-    def settings(self) -> Hashable:
-        """What a recorded step has read of the state besides tensors."""
-        modes = tuple(part.training for module in self._modules for part in module.modules())
-        required = tuple(p.requires_grad for p in self.parameters)
-        hyper = tuple(
-            tuple((k, v) for k, v in group.items() if isinstance(v, (int, float, tuple, str)))
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-        )
-        return modes, required, hyper
+        Asked for in each step, and so in one walk over what is found in each; ``anew`` looks for
+        the modules again, which is called for where the places have changed.
+        """
+        if anew:
+            self._parts_of_modules = [part for module in self._modules for part in module.modules()]
+        places: list[int] = []
+        settings: list[Any] = []
+        for part in self._parts_of_modules:
+            settings.append(part.training)
+            for p in part._parameters.values():
+                if p is not None:
+                    places.append(p.data_ptr())
+                    settings.append(p.requires_grad)
+            places += [b.data_ptr() for b in part._buffers.values() if b is not None]
+            places += map(id, part._modules.values())
+        for optimizer in self._optimizers:
+            for moments in optimizer.state.values():
+                places += [v.data_ptr() for v in moments.values() if isinstance(v, Tensor)]
+            for group in optimizer.param_groups:
+                for value in group.values():
+                    if isinstance(value, Tensor):
+                        places.append(value.data_ptr())
+                    else:
+                        settings.append(len(value) if isinstance(value, list) else value)
+        places += [part.data_ptr() for part in self.parts if isinstance(part, Tensor)]
+        return places, tuple(settings)
 
     def lacks_moments(self) -> bool:
         """Whether an optimiser has made no state yet."""

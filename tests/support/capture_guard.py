@@ -4,22 +4,25 @@ Under the guard a step may not wait for its results on the host, choose shapes b
 from the host, draw from a generator that the graph does not know, or move what it keeps. Two runs
 have to make the same calls with the same numbers in them: a counter in Python, or a random number
 from elsewhere, would be the recorded one in every replay. The bodies of fastgan's own ops are
-watched as well as the operators that the step calls.
+watched as well as the operators that the step calls. Measuring which way is fastest is not: a step
+is run before it is captured, and what has been measured is known by then.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from fastgan.ops import tuning
 
 
 class CaptureError(RuntimeError):
@@ -29,11 +32,17 @@ class CaptureError(RuntimeError):
 _WAITS = "waits for the device"
 _SHAPE = "has a shape that depends on values, which the host has to read"
 _HOST = "takes data from the host"
+_INDEXED = {
+    *("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"),
+    *("aten::_unsafe_index", "aten::_unsafe_index_put"),
+}
 _REFUSED = {
     **dict.fromkeys(
         ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"), _WAITS
     ),
     **dict.fromkeys(("aten::allclose", "aten::record_stream", "aten::_pin_memory"), _WAITS),
+    # On a GPU: whether a factorisation failed, and the range of a histogram.
+    **dict.fromkeys(("aten::_linalg_check_errors", "aten::histc"), _WAITS),
     **dict.fromkeys(
         (
             *("aten::nonzero", "aten::nonzero_numpy", "aten::masked_select", "aten::argwhere"),
@@ -44,16 +53,33 @@ _REFUSED = {
     ),
     "aten::lift_fresh": _HOST,
 }
-# Of a tensor, what reads it without an operator.
-_READS = frozenset({"tolist", "numpy", "__array__", "item", "cpu", "__bool__", "__index__"})
+_FROZEN = (
+    *(int, float, complex, bool, str),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
+# What need not reach an operator: on the CPU a tensor is read, and made, where the data lie. A
+# function mode would not do: it is off within ``backward``.
+_READS = ("tolist", "numpy", "__array__", "__dlpack__", "item", "cpu", "__bool__", "__index__")
+_MAKES = ("from_numpy", "frombuffer", "from_dlpack")
+_UNSEEN: list[tuple[Any, str, str, str]] = [
+    *((torch.Tensor, name, f"Tensor.{name}", _WAITS) for name in _READS),
+    *((torch, name, f"torch.{name}", _HOST) for name in _MAKES),
+    (torch.cuda, "synchronize", "torch.cuda.synchronize", _WAITS),
+    (torch.cuda.Stream, "synchronize", "Stream.synchronize", _WAITS),
+    (torch.cuda.Event, "synchronize", "Event.synchronize", _WAITS),
+    (torch.accelerator, "synchronize", "torch.accelerator.synchronize", _WAITS),
+]
 
 
 class CaptureGuard(contextlib.AbstractContextManager["CaptureGuard"]):
     """Watches a step; see :meth:`run`.
 
+    Entered before a tape records, not within: the tape is then handed fastgan's ops whole, and not
+    their bodies, whose kernels write unseen.
+
     Args:
-        generators: those that the graph would be told of. The default one is not among them:
-            fastgan draws from generators of its own.
+        generators: those that the graph would be told of. The default one is not among them unless
+            it is given: fastgan draws from generators of its own.
         host: tensors that stand for memory of the host.
     """
 
@@ -69,7 +95,10 @@ class CaptureGuard(contextlib.AbstractContextManager["CaptureGuard"]):
 
     def __enter__(self) -> CaptureGuard:
         stack = contextlib.ExitStack()
-        stack.enter_context(_watching(self))
+        for owner, name, label, reason in _UNSEEN:
+            stack.enter_context(_refused(owner, name, label, reason))
+        stack.enter_context(mock.patch.object(tuning, "_measure", _unwatched(tuning._measure)))
+        stack.enter_context(_Operators(self))
         self._entered.append(stack)
         return self
 
@@ -94,7 +123,9 @@ class CaptureGuard(contextlib.AbstractContextManager["CaptureGuard"]):
         moved = [name for name in before if after.get(name) != before[name]]
         if self._before is not None:
             moved += [name for name, place in self._before[0].items() if after.get(name) != place]
-        moved = [n for n in moved if not (n.endswith(".grad") and after.get(n) in self.made)]
+        # A gradient may be gone, or in memory of this run, as in the graph's own pool.
+        fine = {None, *self.made}
+        moved = [n for n in moved if not (n.endswith(".grad") and after.get(n) in fine)]
         if moved:
             raise CaptureError(f"lies elsewhere than before: {', '.join(sorted({*moved})[:3])}")
         if self._before is not None:
@@ -115,16 +146,17 @@ class CaptureGuard(contextlib.AbstractContextManager["CaptureGuard"]):
             devices.add(torch.empty(0, device=asked).device)
         if len(devices) > 1:
             raise CaptureError(f"{name} copies between {', '.join(sorted(map(str, devices)))}")
-        masks = name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_")
-        if masks and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
+        masked = name in _INDEXED
+        if masked and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
             raise CaptureError(f"{name} by a mask {_SHAPE}")
         if name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
             raise CaptureError(f"{name} {_SHAPE}")
         if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
-            drawn = [g for g in (*args, *kwargs.values()) if isinstance(g, torch.Generator)]
+            given = [g for g in (*args, *kwargs.values()) if isinstance(g, torch.Generator)]
             # Each call wraps the generator anew.
             known = {generator._cdata for generator in self._generators}
-            if not drawn or not known.issuperset(generator._cdata for generator in drawn):
+            drawn = {generator._cdata for generator in given or [torch.default_generator]}
+            if not drawn <= known:
                 raise CaptureError(f"{name} draws from a generator that the graph does not know")
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,46 +165,34 @@ class CaptureGuard(contextlib.AbstractContextManager["CaptureGuard"]):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 frozen.append((tuple(leaf.shape), leaf.dtype))
-            elif isinstance(leaf, (int, float, bool, str)):
-                frozen.append(leaf)
+            elif isinstance(leaf, torch.Generator):
+                frozen.append(leaf._cdata)
+            elif isinstance(leaf, _FROZEN):
+                # A NaN is no other than the one before.
+                frozen.append(leaf if leaf == leaf else "nan")
         self.tape.append((func._schema.name, tuple(frozen)))
 
 
-@contextlib.contextmanager
-def _watching(guard: CaptureGuard) -> Iterator[None]:
+def _refused(owner: Any, name: str, label: str, reason: str) -> Any:
+    """A patch of ``owner.name`` that raises in this thread; a loader's may go on."""
+    allowed, watched = getattr(owner, name), threading.get_ident()
+
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise CaptureError(f"torch.from_numpy {_HOST}")
+        # Memory of the C++ kernels comes as blocks, which take the place of an allocator's.
+        block = name == "frombuffer" and type(next(iter(args), None)).__module__ == "fastgan._cpu"
+        if block or threading.get_ident() != watched:
+            return allowed(*args, **kwargs)
+        raise CaptureError(f"{label} {reason}")
 
-    with (
-        mock.patch.object(torch, "from_numpy", refuse),
-        mock.patch.object(torch.cuda, "synchronize", _waiting("torch.cuda.synchronize")),
-        _Reads(),
-        _Operators(guard),
-    ):
-        yield
+    return mock.patch.object(owner, name, refuse)
 
 
-def _waiting(name: str) -> Callable[..., None]:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise CaptureError(f"{name} {_WAITS}")
+def _unwatched(measure: Callable[..., Any]) -> Callable[..., Any]:
+    def measured(*args: Any) -> Any:
+        with _disable_current_modes():
+            return measure(*args)
 
-    return refuse
-
-
-class _Reads(TorchFunctionMode):
-    """What does not reach an operator: on the CPU a tensor is read where it lies."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _READS:
-            raise CaptureError(f"Tensor.{name} {_WAITS}")
-        return func(*args, **(kwargs or {}))
+    return measured
 
 
 class _Operators(TorchDispatchMode):
@@ -195,7 +215,7 @@ class _Operators(TorchDispatchMode):
         if body is None:
             result = func(*args, **kwargs)
         else:
-            with guard, torch.no_grad():
+            with _Operators(guard), torch.no_grad():
                 result = body(*args, **kwargs)
         given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         made = (_address(t) for t in tree_leaves(result) if isinstance(t, Tensor))

@@ -58,6 +58,8 @@ class TapeGraph:
         self.calls = recorder.calls
 
     @torch.no_grad()
+    # What was recorded has been cast, or was not to be.
+    @torch.autocast("cpu", enabled=False)
     def replay(self) -> None:
         for operator, args, kwargs, made in self.calls:
             results = _tensors(operator(*args, **kwargs))
