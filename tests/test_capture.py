@@ -89,10 +89,10 @@ def test_recording_and_warming_up_change_no_number(monkeypatch):
     seen = {}
     record = captures.CapturedStep._record
 
-    def watched(self, args):
+    def watched(self, key, args):
         seen["before"] = copy.deepcopy(engine.state_dict())
         seen["gradients"] = [p.grad.clone() for p in engine.netD.parameters()]
-        recorded = record(self, args)
+        recorded = record(self, key, args)
         seen["after"] = copy.deepcopy(engine.state_dict())
         return recorded
 
@@ -257,8 +257,9 @@ def test_an_overridden_reduction_is_captured_on_a_gpu_only_by_request(monkeypatc
     engine = make(Reducing, capture=True)
     for i in range(4):
         engine.step(real(seed=i))
-    # Two in the step that is taken as written, and in each run of the recording.
-    assert engine.calls == 2 + 2 * (captures._WARM_UPS + 1)
+    # Of each network: a warm-up that finds the optimisers without state, the step that is taken as
+    # it is written for that, and the runs of the recording.
+    assert engine.calls == 2 * (1 + 1 + captures._WARM_UPS + 1)
     monkeypatch.setattr(engine, "device", torch.device("cuda"))
     with caplog.at_level(logging.WARNING):
         assert engine._capturable("auto") is False
@@ -324,6 +325,55 @@ def test_a_step_of_ones_own():
     captured.reset()
     captured(torch.zeros(4, 4), 2.0)
     assert captured.captures == 5
+
+
+def test_what_a_warm_up_has_made_is_in_every_graph():
+    """State of an optimiser that comes late, with a parameter that has had no gradient before."""
+
+    def late():
+        torch.manual_seed(0)
+        nets = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+        opt = torch.optim.SGD(nets.parameters(), lr=0.1, momentum=0.9)
+
+        def step(x, which):
+            opt.zero_grad()
+            nets[which](x).square().mean().backward()
+            opt.step()
+
+        return step, nets, opt
+
+    (plain, want, _), (step, nets, opt) = late(), late()
+    captured = capture_step(step, [nets, opt], capture=True)
+    for which in (0, 0, 0, 1, 0, 1, 1, 0):
+        x = torch.full((3, 4), 1.0 + which, requires_grad=True)
+        plain(x, which)
+        captured(x, which)
+    # The first steps of either are taken as they are written; a graph of before has no late state.
+    assert captured.captures == 3 and not captured.reason
+    for a, b in zip(want.parameters(), nets.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimiser_that_always_makes_state_is_not_captured(caplog):
+    class Hoarder(torch.optim.SGD):
+        def step(self):
+            super().step()
+            first = self.param_groups[0]["params"][0]
+            self.state[first][f"{len(self.state[first])}"] = first.detach().clone()
+
+    net = nn.Linear(2, 1)
+    opt = Hoarder(net.parameters(), lr=0.1)
+
+    def step(x):
+        net(x).sum().backward()
+        opt.step()
+
+    captured = capture_step(step, [net, opt])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            captured(torch.ones(1, 2))
+    assert "makes new state in each step" in captured.reason
+    assert len(opt.state[net.weight]) == 3
 
 
 def test_a_scaler_is_put_back_too():

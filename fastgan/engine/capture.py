@@ -187,7 +187,7 @@ class CapturedStep(Generic[Result]):
         self._pool: Any = None
         self._recorded: OrderedDict[Hashable, _Recorded[Result]] = OrderedDict()
         self._places: list[int] = []
-        self._has_run = False
+        self._begun: set[Hashable] = set()
 
     def __call__(self, *args: Any) -> Result:
         """Take one step.
@@ -203,40 +203,42 @@ class CapturedStep(Generic[Result]):
             InputError: ``capture=True``, and the step cannot be captured; the message says why.
         """
         if self.reason:
-            return self._fn(*self._on_device(args))
+            return self._take_as_written(args)
         # A graph reads and writes where things lay when it was recorded.
         places, settings = self._state.places_and_settings()
         if places != self._places:
-            self._recorded.clear()
+            self.reset()
             self._places, settings = self._state.places_and_settings(anew=True)
         key = (_signature(args), settings, _environment(self._device))
-        if key not in self._recorded:
-            if not self._has_run and self._state.lacks_moments():
-                return self._first(args)
-            recorded = self._record(args)
-            if recorded is None:
-                return self(*args)
-            self._keep(key, recorded)
+        if key not in self._recorded and not self._record(key, args):
+            return self._take_as_written(args)
         self._recorded.move_to_end(key)
         return self._replay(self._recorded[key], args)
 
     def reset(self) -> None:
         """Forget what was recorded: the next step is captured anew."""
+        if self._recorded:
+            self._wait()
         self._recorded.clear()
+        # It ends with the last of its graphs.
+        self._pool = None
 
-    def _on_device(self, args: Sequence[Any]) -> list[Any]:
-        return [x.to(self._device, non_blocking=True) if isinstance(x, Tensor) else x for x in args]
-
-    def _first(self, args: Sequence[Any]) -> Result:
-        """Run as it is written: optimisers make their state in their first step, which counts."""
-        self._has_run = True
+    def _take_as_written(self, args: Sequence[Any]) -> Result:
+        given = [
+            x.to(self._device, non_blocking=True) if isinstance(x, Tensor) else x for x in args
+        ]
+        if self.reason:
+            return self._fn(*given)
+        # As a capture that follows: autograd remembers the stream.
         with self._new_graph().warm_up(strict=False), _in_this_thread():
-            return self._fn(*self._on_device(args))
+            return self._fn(*given)
 
-    def _record(self, args: Sequence[Any]) -> _Recorded[Result] | None:
-        """What replays the step; None, and :attr:`reason` is set, where it cannot be captured."""
+    def _record(self, key: Hashable, args: Sequence[Any]) -> bool:
+        """Capture what replays the step; False where this one is to be taken as it is written."""
         inputs = [
-            torch.empty_like(x, device=self._device).copy_(x) if isinstance(x, Tensor) else x
+            torch.empty_like(x.detach(), device=self._device).copy_(x.detach())
+            if isinstance(x, Tensor)
+            else x
             for x in args
         ]
         before = self._state.snapshot(self._generators)
@@ -247,36 +249,52 @@ class CapturedStep(Generic[Result]):
                     # What is made or measured at first use may wait for the device, no more later.
                     with graph.warm_up(strict=i == _WARM_UPS - 1):
                         self._fn(*inputs)
+                    if self._state.has_grown(before):
+                        self._state.restore(before)
+                        return self._begin(key)
                 self._state.restore(before)
                 places, _ = self._state.places_and_settings(anew=True)
+                if places != self._places:
+                    # What was recorded before lacks what the warm-up has made.
+                    self.reset()
+                    self._places, graph = places, self._new_graph()
                 with graph.record(self._generators):
                     result = self._fn(*inputs)
         except Exception as error:
             self._state.restore(before)
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            self._give_up(f"{type(error).__name__}: {first}", error)
-            return None
+            return self._give_up(f"{type(error).__name__}: {first}", error)
         if self._state.places_and_settings()[0] != places:
             self._state.restore(before)
-            self._give_up("it moves a parameter, a buffer or an optimiser's state to new memory")
-            return None
-        self._places = places
+            return self._give_up(
+                "it moves a parameter, a buffer or an optimiser's state to new memory"
+            )
         self.captures += 1
         gradients = [(p, p.grad) for p in self._state.parameters]
-        return _Recorded(graph, inputs, result, gradients)
+        self._keep(key, _Recorded(graph, inputs, result, gradients))
+        return True
 
-    def _give_up(self, reason: str, error: Exception | None = None) -> None:
+    def _begin(self, key: Hashable) -> bool:
+        """An optimiser makes its state in its first step, which only that step can do right."""
+        if key in self._begun:
+            return self._give_up("an optimiser makes new state in each step")
+        self._begun.add(key)
+        return False
+
+    def _give_up(self, reason: str, error: Exception | None = None) -> bool:
         self.reason = f"the step cannot be captured: {reason}"
-        self._recorded.clear()
+        self.reset()
         if self._insist:
             raise InputError(
                 f"capture=True: {self.reason}; keep to work on the device, or use capture='auto'"
             ) from error
         logger.warning("steps run one operation at a time: %s", self.reason)
+        return False
 
     def _keep(self, key: Hashable, recorded: _Recorded[Result]) -> None:
         self._recorded[key] = recorded
         if len(self._recorded) > _MOST_GRAPHS:
+            self._wait()
             self._recorded.popitem(last=False)
             logger.warning(
                 "a step has been captured for more than %d sets of shapes and settings, and is "
@@ -288,13 +306,18 @@ class CapturedStep(Generic[Result]):
     def _replay(self, recorded: _Recorded[Result], args: Sequence[Any]) -> Result:
         for mine, given in zip(recorded.inputs, args, strict=True):
             if isinstance(mine, Tensor) and mine is not given:
-                mine.copy_(given, non_blocking=True)
+                mine.copy_(given.detach(), non_blocking=True)
         recorded.graph.replay()
         # Each graph has gradients of its own, which a caller may look at.
         for p, gradient in recorded.gradients:
             if p.grad is not gradient:
                 p.grad = gradient
         return recorded.result
+
+    def _wait(self) -> None:
+        """A graph that is destroyed must not be running."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _new_graph(self) -> Graph:
         kind = GRAPHS[self._device.type]
@@ -313,9 +336,10 @@ def capture_step(
     """A training step of your own, captured in a CUDA graph where there is a GPU.
 
     Calling the result is calling ``fn``. On a GPU the first call with each set of shapes records a
-    graph, after warm-up runs whose every effect on ``state`` is undone, and each call replays it;
-    elsewhere ``fn`` runs as it is written. A change of shapes, of a module's mode or gradients'
-    requirement, of an optimiser's settings or of the backend records anew.
+    graph, after warm-up runs whose every effect on ``state`` is undone, and each call replays it; a
+    step in which an optimiser makes its state is taken as it is written. Elsewhere all are. A
+    change of shapes, of a module's mode or gradients' requirement, of an optimiser's settings or of
+    the backend records anew.
 
     Args:
         fn: the step: forward, backward, updates. It takes tensors and hashable values, each as an
@@ -351,11 +375,12 @@ def capture_step(
 
 @dataclasses.dataclass
 class _Snapshot:
-    """Tensors, gradients of parameters and generators, each with a copy of what it held."""
+    """What there is, each with a copy of what it held."""
 
     tensors: list[tuple[Tensor, Tensor]]
     gradients: list[tuple[Tensor, Tensor | None, Tensor | None]]
     generators: list[tuple[torch.Generator, Tensor]]
+    moments: list[tuple[torch.optim.Optimizer, dict[Any, dict[str, Any]]]]
 
 
 class _State:
@@ -431,9 +456,9 @@ class _State:
         places += [part.data_ptr() for part in self.parts if isinstance(part, Tensor)]
         return places, tuple(settings)
 
-    def lacks_moments(self) -> bool:
-        """Whether an optimiser has made no state yet."""
-        return any(not optimizer.state for optimizer in self._optimizers)
+    def has_grown(self, before: _Snapshot) -> bool:
+        """Whether there are tensors now that were not there before."""
+        return not {*map(id, self.tensors())} <= {id(tensor) for tensor, _ in before.tensors}
 
     @torch.no_grad()
     def snapshot(self, generators: Sequence[torch.Generator]) -> _Snapshot:
@@ -445,6 +470,10 @@ class _State:
             [(tensor, tensor.clone()) for tensor in self.tensors()],
             [(p, grad, grad if grad is None else grad.clone()) for p, grad in gradients],
             [(generator, generator.get_state()) for generator in drawn],
+            [
+                (optimizer, {p: dict(moments) for p, moments in optimizer.state.items()})
+                for optimizer in self._optimizers
+            ],
         )
 
     @torch.no_grad()
@@ -458,6 +487,9 @@ class _State:
                 gradient.copy_(held)
         for generator, state in before.generators:
             generator.set_state(state)
+        for optimizer, moments in before.moments:
+            optimizer.state.clear()
+            optimizer.state.update({p: dict(held) for p, held in moments.items()})
 
 
 def _signature(args: Sequence[Any]) -> Hashable:
