@@ -15,8 +15,7 @@ from support.numerics import CPP, compiled, error
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fastgan import Engine, InputError, accelerate, explain, use_backend
-from fastgan.nn import accelerate as accelerate_module
+from fastgan import Engine, InputError, accelerate, explain, saying, use_backend
 from fastgan.nn import blocks
 from fastgan.nn.grouped import grouped_forward, grouping_obstacle
 
@@ -682,14 +681,14 @@ def test_shared_weights():
         (lambda net: net.register_module("bn3", nn.BatchNorm2d(8)), "other children"),
     ],
 )
-def test_a_change_is_noticed_and_said_once(change, said, caplog, blocks_run):
+def test_a_change_is_noticed_and_said_once(change, said, caplog, blocks_run, monkeypatch):
     class Changing(AttributeDiscriminator):
         def forward(self, x):
             x = F.leaky_relu(self.conv1(x), self.slope)
             x = self.conv2(x)
             return x if self.bn2 is None else self.bn2(x)
 
-    accelerate_module._say_once.cache_clear()
+    monkeypatch.setattr(saying, "_said", set())
     net = accelerate(Changing(4))
     x = torch.randn(4, 3, 16, 16)
     net(x)

@@ -19,9 +19,8 @@ from support.numerics import (
     needs_triton,
 )
 
-from fastgan import bn_act, gan_loss, gpu
+from fastgan import bn_act, gan_loss, gpu, saying
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import backend as backends
 from fastgan.ops import cpp, cuda, triton
 from fastgan.ops.backend import (
     machine_reasons,
@@ -243,7 +242,7 @@ def test_a_backend_that_is_named_says_that_it_cannot_do_what_autocast_asks():
 
 @needs_kernels
 def test_shapes_without_a_kernel_are_left_to_the_reference_and_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(saying, "_said", set())
     x, weight = torch.randn(2, 5, 8, 8), torch.randn(6, 5, 3, 3)
     want = F.conv2d(x, weight, padding=1)
     assert torch.equal(conv(x, weight, padding=1), want)

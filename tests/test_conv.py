@@ -39,9 +39,8 @@ from support.numerics import (
     needs_triton,
 )
 
-from fastgan import gpu
+from fastgan import gpu, saying
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import backend as backends
 from fastgan.ops import conv as ops
 from fastgan.ops import cpp
 from fastgan.ops.activation import ACTIVATIONS
@@ -573,7 +572,7 @@ def test_cuda_repeats_and_parts(nan_outputs, monkeypatch, sizes):
 
 @needs_cuda
 def test_shapes_that_cuda_leaves_to_torch_are_said(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(saying, "_said", set())
     x, weight = (torch.randn(s, device=GPU_DEVICE) for s in ((2, 5, 24, 8), (6, 5, 17, 1)))
     with use_backend("cuda"):
         got = conv(x, weight, stride=2)

@@ -19,9 +19,8 @@ from support.numerics import (
 )
 from support.planted_faults import NUMBERS, OUTSIDE, RACE, Fault, faults, planted
 
-from fastgan import bce_loss, gan_loss
+from fastgan import bce_loss, gan_loss, saying
 from fastgan.errors import InputError, NotBuiltError
-from fastgan.ops import backend as backends
 from fastgan.ops import cpp
 from fastgan.ops.backend import use_backend
 from fastgan.ops.gan_loss import gan_loss_backward, gan_loss_forward
@@ -90,7 +89,7 @@ def test_on_gpus(nan_outputs, honest_triton, targets, n, rest, dtype, backend):
 
 @needs_cuda
 def test_more_groups_than_a_launch_has(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(saying, "_said", set())
     logits, targets = logits_of((130, 1)), [0.5] * 65
     with use_backend("cuda"):
         found = gan_loss(logits, targets)

@@ -9,8 +9,15 @@ import torch
 from support import training_parity
 from torch import nn
 
-from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, ImageSet, Loader, load_images
-from fastgan.engine import precision as precisions
+from fastgan import (
+    DCGANDiscriminator,
+    DCGANGenerator,
+    Engine,
+    ImageSet,
+    Loader,
+    load_images,
+    saying,
+)
 from fastgan.engine.adam import Adam
 from fastgan.engine.precision import Precision, ScaledUpdater
 from fastgan.errors import InputError
@@ -233,14 +240,14 @@ def test_other_weights_than_float32_are_refused(precision, dtype):
 
 
 def test_a_cpu_without_bf16_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(precisions, "_said", set())
+    monkeypatch.setattr(saying, "_said", set())
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             Precision("bf16", CPU)
     (record,) = caplog.records
     assert "no instructions for it" in record.getMessage()
-    monkeypatch.setattr(precisions, "_said", set())
+    monkeypatch.setattr(saying, "_said", set())
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     Precision("bf16", CPU)
     assert len(caplog.records) == 1

@@ -11,7 +11,6 @@ https://arxiv.org/abs/1710.03740).
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 
 from fastgan import choices
 from fastgan.errors import InputError
-
-logger = logging.getLogger("fastgan")
+from fastgan.saying import say_once
 
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_said: set[str] = set()
 
 
 class Precision:
@@ -55,7 +52,7 @@ class Precision:
             for of, network in networks.items():
                 _require_float32(name, of, network)
         if said := remark(name, device):
-            _say_once(f"precision={name!r}: {said}")
+            say_once(f"precision={name!r}: {said}")
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
@@ -172,9 +169,3 @@ def remark(name: str, device: torch.device) -> str:
     if name == "bf16" and not multiplies_bf16:
         return "this CPU has no instructions for it and emulates it, slowly; 'fp32' is faster here"
     return ""
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning("%s", message)

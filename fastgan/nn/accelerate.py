@@ -11,11 +11,9 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
-import logging
 from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
 from torch import nn
 
 from fastgan.errors import InputError
@@ -32,8 +30,7 @@ from fastgan.nn.blocks import (
 from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
 from fastgan.nn.grouped import sequence_forward
 from fastgan.nn.tracing import CONTAINERS, Trace, UntraceableError, trace
-
-logger = logging.getLogger("fastgan")
+from fastgan.saying import say_once
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -228,16 +225,10 @@ def _traced_forward(original: type[nn.Module], traced: Trace) -> Any:
         change = traced.change(self)
         if change is None:
             return fused(self, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            _say_once(f"{original.__name__} runs as it is: {change} since fastgan.accelerate")
+        say_once(f"{original.__name__} runs as it is: {change} since fastgan.accelerate")
         return plain(self, *args, **kwargs)
 
     return forward
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 def _remake(recipe: _Recipe, make: Any, args: tuple[Any, ...]) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -22,8 +21,7 @@ from fastgan import gpu
 from fastgan.choices import Backend
 from fastgan.errors import InputError, NotBuiltError
 from fastgan.ops import cpp, cuda, triton, tuning
-
-logger = logging.getLogger("fastgan")
+from fastgan.saying import say_once
 
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 # Among what `auto` chooses by the device of the tensors, the likeliest first.
@@ -191,12 +189,9 @@ def fastest_backend(
     return tuning.fastest(f"{op} {key}", ways, names, device)
 
 
-_said: set[str] = set()
-
-
 def say_left_to_reference(what: str) -> None:
     """Log, once for each ``what``, that the backend asked for has no kernel for it."""
-    _say_once(f"backend={requested_backend()!r} has no kernel for {what}: torch's is used")
+    say_once(f"backend={requested_backend()!r} has no kernel for {what}: torch's is used")
 
 
 def say_missing_kernels(device: torch.device) -> None:
@@ -204,10 +199,4 @@ def say_missing_kernels(device: torch.device) -> None:
     names = _KERNELS.get(device.type, ())
     reasons = [reason for name in names for reason in machine_reasons(name)]
     if names and not kernels_of("auto", device):
-        _say_once(f"plain PyTorch runs the step: {'; '.join(reasons)}")
-
-
-def _say_once(message: str) -> None:
-    if not torch.compiler.is_compiling() and message not in _said:
-        _said.add(message)
-        logger.warning("%s", message)
+        say_once(f"plain PyTorch runs the step: {'; '.join(reasons)}")
