@@ -18,6 +18,9 @@ from torch import Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 Policy = Literal["low", "float32"]
 
+# Those that have it. Tracing a graph with torch 2.11 cannot ask.
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
 
 def under_autocast(**policies: Policy) -> Callable[[Function], Function]:
     """Under autocast the arguments named come to the function in these dtypes; others as they are.
@@ -36,7 +39,7 @@ def under_autocast(**policies: Policy) -> Callable[[Function], Function]:
         def cast_and_run(*args: Any, **kwargs: Any) -> Any:
             first = args[0] if args else kwargs[names[0]]
             device = first.device.type
-            if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            if device not in _DEVICES or not torch.is_autocast_enabled(device):
                 return function(*args, **kwargs)
             low = torch.get_autocast_dtype(device)
             dtypes = {"low": low, "float32": torch.float32}
