@@ -24,6 +24,7 @@ from fastgan.benchmarks import example_dcgan as example
 from fastgan.benchmarks.machine import no_collection, synchronize
 from fastgan.benchmarks.plan import NZ, OTHERS, VARIANTS, Cell, Recipe
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from fastgan.choices import Backend, Capture, Precision
 from fastgan.engine.engine import Engine, StepStats
@@ -428,6 +429,18 @@ def _learning_rate_of_zero(*optimizers: torch.optim.Optimizer) -> Iterator[None]
 def _float64(value: Tensor) -> Tensor:
     # A copy always: the next step writes into the tensor.
     return value.detach().to("cpu", torch.float64, copy=True)
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """Where two nested states are not the same to the bit: the paths of leaves."""
+    ours, theirs = tree_leaves_with_path(a), tree_leaves_with_path(b)
+    if len(ours) != len(theirs):
+        return [f"{len(ours)} leaves, and {len(theirs)}"]
+    return [
+        keystr(path)
+        for (path, x), (other, y) in zip(ours, theirs, strict=True)
+        if path != other or not (torch.equal(x, y) if isinstance(x, Tensor) else x == y)
+    ]
 
 
 def deviations(seen: Observations, reference: Observations) -> dict[str, float]:

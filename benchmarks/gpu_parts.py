@@ -31,7 +31,6 @@ import torch
 from fastgan.benchmarks import bench_accelerate, bench_bn_act, bench_conv, bench_engine, machine
 from fastgan.benchmarks.plan import VARIANTS, Cell
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from fastgan import gpu
 from fastgan.choices import Backend, Capture, Precision
@@ -285,7 +284,9 @@ def _capture(
         for _ in range(steps):
             uncaptured.step()
             captured.step()
-    differ = _differences(captured.state_dict(), uncaptured.state_dict())
+    # Of the ways to compute a thing, one may have been measured more often.
+    states = ({**engine.state_dict(), "choices": {}} for engine in (captured, uncaptured))
+    differ = bench_engine.differences(*states)
     found: dict[str, Any] = {
         "captures": captured.captures,
         "uncaptured": captured.uncaptured_reason,
@@ -333,17 +334,6 @@ def _deterministic() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
-def _differences(a: Record, b: Record) -> list[str]:
-    """The names of the tensors that are not the same to the bit; measured times may differ."""
-    ours, theirs = ({**state, "choices": {}} for state in (a, b))
-    pairs = zip(tree_leaves_with_path(ours), tree_leaves_with_path(theirs), strict=True)
-    return [
-        keystr(path)
-        for (path, x), (_, y) in pairs
-        if (not torch.equal(x, y) if isinstance(x, Tensor) else x != y)
-    ]
-
-
 def _growth(engine: Engine) -> int:
     """Bytes of memory that replays have taken and not given back."""
     torch.cuda.synchronize()
@@ -358,14 +348,14 @@ def _growth(engine: Engine) -> int:
 
 def _step_seconds(engine: Engine, job: Job) -> float:
     """The median over rounds of a few steps."""
-    taken = []
+    taken, steps = [], 1 if job.dry_run else 30
     for _ in range(5):
         machine.synchronize(job.device)
         started = time.perf_counter()
-        for _ in range(1 if job.dry_run else 30):
+        for _ in range(steps):
             engine.step()
         machine.synchronize(job.device)
-        taken.append((time.perf_counter() - started) / (1 if job.dry_run else 30))
+        taken.append((time.perf_counter() - started) / steps)
     return statistics.median(taken)
 
 

@@ -9,7 +9,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from fastgan.benchmarks import gpu_parts
+from fastgan.benchmarks import bench_engine, gpu_parts
 from support.capture_guard import CaptureError, CaptureGuard
 from support.numerics import needs_kernels
 from support.tape_graph import TapeGraph
@@ -18,7 +18,7 @@ from torch import nn
 import fastgan
 from fastgan import DCGANDiscriminator, DCGANGenerator, Engine, ImageSet, Loader, use_backend
 from fastgan.engine import capture as captures
-from fastgan.engine.capture import GraphKind, capture_step
+from fastgan.engine.capture import capture_step
 from fastgan.errors import InputError
 
 SIZE, NZ, STEPS = 16, 6, 20
@@ -27,7 +27,7 @@ BACKENDS = ["reference", pytest.param("cpp", marks=needs_kernels)]
 
 @pytest.fixture(autouse=True)
 def graphs_on_the_cpu(monkeypatch):
-    monkeypatch.setitem(captures.GRAPHS, "cpu", GraphKind(lambda device: None, TapeGraph))
+    monkeypatch.setitem(captures.GRAPHS, "cpu", TapeGraph)
 
 
 def make(engine=Engine, channels=4, **kwargs):
@@ -49,11 +49,11 @@ def real(n=8, seed=0):
 
 
 def assert_same_state(a, b):
-    assert gpu_parts._differences(a.state_dict(), b.state_dict()) == []
+    assert bench_engine.differences(a.state_dict(), b.state_dict()) == []
 
 
 def assert_differ(a, b):
-    assert gpu_parts._differences(a.state_dict(), b.state_dict())
+    assert bench_engine.differences(a.state_dict(), b.state_dict())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,7 +99,7 @@ def test_recording_and_warming_up_change_no_number(monkeypatch):
     monkeypatch.setattr(captures.CapturedStep, "_record", watched)
     engine.step()
     assert engine.captures == 1
-    assert gpu_parts._differences(seen["before"], seen["after"]) == []
+    assert bench_engine.differences(seen["before"], seen["after"]) == []
     assert not torch.equal(seen["after"]["netG"]["main.0.weight"], engine.netG.main[0].weight)
 
 
@@ -121,7 +121,7 @@ def test_a_state_that_is_not_put_back_shows(monkeypatch):
     for _ in range(4):
         plain.step()
         captured.step()
-    differ = gpu_parts._differences(plain.state_dict(), captured.state_dict())
+    differ = bench_engine.differences(plain.state_dict(), captured.state_dict())
     assert differ and all("running_mean" in name or "ema" in name for name in differ)
 
 
@@ -227,7 +227,7 @@ class Stubborn(TapeGraph):
 
 
 def test_a_network_that_synchronises_runs_uncaptured_with_the_reason(monkeypatch, caplog):
-    monkeypatch.setitem(captures.GRAPHS, "cpu", GraphKind(lambda device: None, Stubborn))
+    monkeypatch.setitem(captures.GRAPHS, "cpu", Stubborn)
     plain, captured = loaded(capture=False), loaded(capture="auto")
     for engine in (plain, captured):
         engine.netD.main[2].register_forward_hook(synchronising)
@@ -253,18 +253,20 @@ class Reducing(Engine):
         self.calls += 1
 
 
-def test_an_overridden_reduction_is_captured_on_a_gpu_only_by_request(monkeypatch, caplog):
+def test_an_overridden_reduction_is_captured_only_by_request(caplog):
     engine = make(Reducing, capture=True)
     for i in range(4):
         engine.step(real(seed=i))
     # Of each network: a warm-up that finds the optimisers without state, the step that is taken as
     # it is written for that, and the runs of the recording.
     assert engine.calls == 2 * (1 + 1 + captures._WARM_UPS + 1)
-    monkeypatch.setattr(engine, "device", torch.device("cuda"))
     with caplog.at_level(logging.WARNING):
-        assert engine._capturable("auto") is False
-        assert engine._capturable(True) is True
+        left = make(Reducing, capture="auto")
     assert "reduce_gradients is overridden" in caplog.text
+    assert "reduce_gradients is overridden" in left.uncaptured_reason
+    for i in range(4):
+        left.step(real(seed=i))
+    assert (left.captures, left.calls) == (0, 8)
 
 
 def test_an_optimiser_without_state_is_captured():
@@ -325,6 +327,36 @@ def test_a_step_of_ones_own():
     captured.reset()
     captured(torch.zeros(4, 4), 2.0)
     assert captured.captures == 5
+
+
+@pytest.mark.parametrize("moved", ["parameter", "scale"])
+def test_state_that_no_module_holds_is_looked_after_too(moved):
+    """A parameter that is an optimiser's alone, and a scaler's scale, given other memory."""
+
+    def late():
+        p = nn.Parameter(torch.ones(3))
+        opt = torch.optim.SGD([p], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.zeros(()))
+
+        def step(x):
+            opt.zero_grad()
+            scaler.scale((p * x).square().sum()).backward()
+            opt.step()
+
+        return step, p, opt, scaler
+
+    (plain, want, _, its), (step, p, opt, scaler) = late(), late()
+    captured = capture_step(step, [opt, scaler], capture=True)
+    for i in range(6):
+        if i == 3 and moved == "parameter":
+            want.data, p.data = want.data.clone(), p.data.clone()
+        elif i == 3:
+            its._scale, scaler._scale = its._scale * 2.0, scaler._scale * 2.0
+        plain(torch.full((3,), 0.1))
+        captured(torch.full((3,), 0.1))
+        assert torch.equal(want, p)
+    assert captured.captures == 2
 
 
 def test_what_a_warm_up_has_made_is_in_every_graph():

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from fastgan.benchmarks import bench_engine
 from fastgan.benchmarks import example_dcgan as example
 from torch import nn
 
@@ -34,20 +35,8 @@ def image_set(n=20):
     return ImageSet(images, None, (), "test", "digest")
 
 
-def flat(state):
-    """Every tensor and value in nested containers, in order."""
-    if isinstance(state, dict):
-        return [leaf for key in state for leaf in flat(state[key])]
-    if isinstance(state, (list, tuple)):
-        return [leaf for item in state for leaf in flat(item)]
-    return [state]
-
-
 def assert_same(a, b):
-    a, b = flat(a), flat(b)
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    assert bench_engine.differences(a, b) == []
 
 
 def test_the_seed_alone_decides():

@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar, get_args
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,16 @@ _MOST_GRAPHS = 8
 
 
 class Graph(Protocol):
-    """What records a step and plays it again."""
+    """What records a step and plays it again.
+
+    Args:
+        device: where the step runs.
+        pool: the memory that it shares with graphs made before, theirs; None for the first.
+    """
+
+    pool: Any
+
+    def __init__(self, device: torch.device, pool: Any) -> None: ...
 
     def warm_up(self, strict: bool) -> contextlib.AbstractContextManager[None]:
         """Within, a step runs as before it is recorded; ``strict`` raises where it synchronises."""
@@ -56,7 +65,7 @@ class CudaGraph:
 
     def __init__(self, device: torch.device, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._pool = pool
+        self.pool = pool or torch.cuda.graph_pool_handle()
         self._stream = _side_stream(device)
         self._device = device
 
@@ -84,7 +93,7 @@ class CudaGraph:
             self._graph.register_generator_state(generator)
         capture = torch.cuda.graph(
             self._graph,
-            pool=self._pool,
+            pool=self.pool,
             stream=self._stream,
             # Other threads, those of a loader for one, may allocate meanwhile.
             capture_error_mode="thread_local",
@@ -123,19 +132,8 @@ def _leave_capture(generator: torch.Generator) -> None:
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-def _cuda_pool(device: torch.device) -> Any:
-    return torch.cuda.graph_pool_handle()
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphKind:
-    """How graphs are made on one type of device."""
-
-    pool: Callable[[torch.device], Any]
-    graph: Callable[[torch.device, Any], Graph]
-
-
-GRAPHS: dict[str, GraphKind] = {"cuda": GraphKind(_cuda_pool, CudaGraph)}
+# By type of device.
+GRAPHS: dict[str, type[Graph]] = {"cuda": CudaGraph}
 
 
 def uncapturable_reason(device: torch.device) -> str:
@@ -320,10 +318,9 @@ class CapturedStep(Generic[Result]):
             torch.cuda.synchronize(self._device)
 
     def _new_graph(self) -> Graph:
-        kind = GRAPHS[self._device.type]
-        if self._pool is None:
-            self._pool = kind.pool(self._device)
-        return kind.graph(self._device, self._pool)
+        graph = GRAPHS[self._device.type](self._device, self._pool)
+        self._pool = graph.pool
+        return graph
 
 
 def capture_step(
@@ -389,7 +386,7 @@ class _State:
     def __init__(self, parts: Iterable[Part]) -> None:
         self.parts = tuple(parts)
         for part in self.parts:
-            if not isinstance(part, get_args(Part)):
+            if not isinstance(part, Part):
                 raise InputError(
                     f"state: a {type(part).__name__} cannot be put back; give modules, optimisers, "
                     "gradient scalers and tensors"
@@ -412,49 +409,46 @@ class _State:
 
     def tensors(self) -> list[Tensor]:
         """Each once."""
-        found = self.parameters
-        found += [buffer for module in self._modules for buffer in module.buffers()]
-        for optimizer in self._optimizers:
-            for moments in optimizer.state.values():
-                found += [value for value in moments.values() if isinstance(value, Tensor)]
-            for group in optimizer.param_groups:
-                found += [value for value in group.values() if isinstance(value, Tensor)]
-        for part in self.parts:
-            if isinstance(part, Tensor):
-                found.append(part)
-            elif isinstance(part, torch.amp.GradScaler) and part._scale is not None:
-                found += [part._scale, part._growth_tracker]  # type: ignore[list-item]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(self._walk(anew=True)[0]))
 
     def places_and_settings(self, anew: bool = False) -> tuple[list[int], Hashable]:
         """Where all of it lies, and what a recorded step has read of it besides tensors.
 
-        Asked for in each step, and so in one walk over what is found in each; ``anew`` looks for
-        the modules again, which is called for where the places have changed.
+        ``anew`` looks for the modules again, which is called for where the places have changed.
         """
+        tensors, settings = self._walk(anew)
+        return [tensor.data_ptr() for tensor in tensors], tuple(settings)
+
+    def _walk(self, anew: bool) -> tuple[list[Tensor], list[Any]]:
+        """Every tensor, some of them twice, and the rest; each step asks, so it has to be quick."""
         if anew:
             self._parts_of_modules = [part for module in self._modules for part in module.modules()]
-        places: list[int] = []
+        tensors: list[Tensor] = []
         settings: list[Any] = []
-        for part in self._parts_of_modules:
-            settings.append(part.training)
-            for p in part._parameters.values():
-                if p is not None:
-                    places.append(p.data_ptr())
-                    settings.append(p.requires_grad)
-            places += [b.data_ptr() for b in part._buffers.values() if b is not None]
-            places += map(id, part._modules.values())
+        for module in self._parts_of_modules:
+            parameters = [p for p in module._parameters.values() if p is not None]
+            tensors += parameters
+            tensors += [buffer for buffer in module._buffers.values() if buffer is not None]
+            settings.append(module.training)
+            settings += [p.requires_grad for p in parameters]
+            settings += map(id, module._modules.values())
         for optimizer in self._optimizers:
             for moments in optimizer.state.values():
-                places += [v.data_ptr() for v in moments.values() if isinstance(v, Tensor)]
+                tensors += [value for value in moments.values() if isinstance(value, Tensor)]
             for group in optimizer.param_groups:
                 for value in group.values():
                     if isinstance(value, Tensor):
-                        places.append(value.data_ptr())
+                        tensors.append(value)
+                    elif isinstance(value, list):
+                        tensors += value
                     else:
-                        settings.append(len(value) if isinstance(value, list) else value)
-        places += [part.data_ptr() for part in self.parts if isinstance(part, Tensor)]
-        return places, tuple(settings)
+                        settings.append(value)
+        for part in self.parts:
+            if isinstance(part, Tensor):
+                tensors.append(part)
+            elif isinstance(part, torch.amp.GradScaler) and part._scale is not None:
+                tensors += [part._scale, part._growth_tracker]  # type: ignore[list-item]
+        return tensors, settings
 
     def has_grown(self, before: _Snapshot) -> bool:
         """Whether there are tensors now that were not there before."""

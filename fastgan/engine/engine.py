@@ -251,8 +251,15 @@ class Engine:
                 *((self._ema.module, self._ema.updates) if self._ema else ()),
             ),
             generators=(self.generator,),
-            capture=self._capturable(capture),
+            capture=capture,
         )
+        overridden = type(self).reduce_gradients is not Engine.reduce_gradients
+        if capture == "auto" and overridden and not self._captured.reason:
+            self._captured.reason = (
+                "reduce_gradients is overridden, and would run while a step is recorded alone; "
+                "capture=True captures it"
+            )
+            logger.warning("steps are not captured: %s", self._captured.reason)
 
     @property
     def uncaptured_reason(self) -> str:
@@ -459,17 +466,6 @@ class Engine:
     def _seed_generators(self, steps: int) -> None:
         for mine, name in ((self.generator, "noise"), (self._sample_generator, "sample")):
             mine.set_state(generator(self.seed, name, steps, self.device).get_state())
-
-    def _capturable(self, capture: Capture) -> Capture:
-        """``capture``, or False with the reason said where ``auto`` would change what runs."""
-        overridden = type(self).reduce_gradients is not Engine.reduce_gradients
-        if capture == "auto" and overridden and self.device.type == "cuda":
-            logger.warning(
-                "steps are not captured: reduce_gradients is overridden, and would run while a "
-                "step is recorded alone; capture=True captures it"
-            )
-            return False
-        return capture
 
     def _age_average(self) -> None:
         """A captured step has updated the average, and could not say so."""

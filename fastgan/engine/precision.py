@@ -160,12 +160,12 @@ def unsupported_reason(name: str, device: torch.device) -> str:
 
 def remark(name: str, device: torch.device) -> str:
     """What is to be known of the precision ``name`` on ``device``; empty where that is nothing."""
-    if device.type != "cpu":
-        return ""
-    if name == "tf32":
+    if device.type == "cpu" and name == "tf32":
         return "TF32 is of GPUs; on the CPU the step computes in float32"
-    found = torch.cpu.get_capabilities()
-    multiplies_bf16 = any(found.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    if name == "bf16" and not multiplies_bf16:
-        return "this CPU has no instructions for it and emulates it, slowly; 'fp32' is faster here"
+    if device.type == "cpu" and name == "bf16":
+        found = torch.cpu.get_capabilities()
+        if not any(found.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16")):
+            return (
+                "this CPU has no instructions for it and emulates it, slowly; 'fp32' is faster here"
+            )
     return ""

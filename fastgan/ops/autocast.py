@@ -33,7 +33,7 @@ def under_autocast(**policies: Policy) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         names = list(inspect.signature(function).parameters)
-        places = {names.index(name): policy for name, policy in policies.items()}
+        places = [(names.index(name), name, policy) for name, policy in policies.items()]
 
         @functools.wraps(function)
         def cast_and_run(*args: Any, **kwargs: Any) -> Any:
@@ -44,11 +44,10 @@ def under_autocast(**policies: Policy) -> Callable[[Function], Function]:
             low = torch.get_autocast_dtype(device)
             dtypes = {"low": low, "float32": torch.float32}
             cast = list(args)
-            for place, policy in places.items():
+            for place, name, policy in places:
                 if place < len(cast):
                     cast[place] = _cast(cast[place], dtypes[policy])
-            for name, policy in policies.items():
-                if name in kwargs:
+                elif name in kwargs:
                     kwargs[name] = _cast(kwargs[name], dtypes[policy])
             with torch.autocast(device, enabled=False):
                 return function(*cast, **kwargs)

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from support.tape_graph import address_of, tensors_of
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -87,7 +88,7 @@ class CaptureGuard(contextlib.AbstractContextManager["CaptureGuard"]):
         self, generators: Iterable[torch.Generator] = (), host: Iterable[Tensor] = ()
     ) -> None:
         self._generators = tuple(generators)
-        self._host = {_address(tensor) for tensor in host}
+        self._host = {address_of(tensor) for tensor in host}
         self._entered: list[contextlib.ExitStack] = []
         self._before: tuple[dict[str, int], list[Any]] | None = None
         self.tape: list[Any] = []
@@ -138,7 +139,7 @@ class CaptureGuard(contextlib.AbstractContextManager["CaptureGuard"]):
         if reason := _REFUSED.get(name):
             raise CaptureError(f"{name} {reason}")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if self._host & {_address(tensor) for tensor in tensors}:
+        if self._host & {address_of(tensor) for tensor in tensors}:
             raise CaptureError(f"{name} {_HOST}")
         devices = {tensor.device for tensor in tensors if tensor.ndim}
         asked = kwargs.get("device")
@@ -217,8 +218,8 @@ class _Operators(TorchDispatchMode):
         else:
             with _Operators(guard), torch.no_grad():
                 result = body(*args, **kwargs)
-        given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = (_address(t) for t in tree_leaves(result) if isinstance(t, Tensor))
+        given = {address_of(t) for t in tensors_of((args, kwargs))}
+        made = (address_of(t) for t in tensors_of(result))
         guard.made |= {address for address in made if address not in given}
         return result
 
@@ -227,7 +228,7 @@ def _body(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[
     """The Python of one of fastgan's ops, which its operator would run out of the guard's sight."""
     if func.namespace != "fastgan":
         return None
-    device = next(t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    device = tensors_of((args, kwargs))[0].device.type
     bodies = OPDEFS[func._schema.name]._backend_fns
     return bodies.get(device) or bodies[None]
 
@@ -266,7 +267,3 @@ def _compare(before: list[Any], after: list[Any]) -> None:
             raise CaptureError(f"call {i} was {was[0]} of {was[1]}, and is {now[0]} of {now[1]}")
     if len(before) != len(after):
         raise CaptureError(f"a run made {len(before)} calls, and the next {len(after)}")
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -39,6 +39,7 @@ class TapeGraph:
 
     def __init__(self, device: torch.device | None = None, pool: object = None) -> None:
         self.calls: list[_Call] = []
+        self.pool = pool
 
     @contextlib.contextmanager
     def warm_up(self, strict: bool = False) -> Iterator[None]:
@@ -62,7 +63,7 @@ class TapeGraph:
     @torch.autocast("cpu", enabled=False)
     def replay(self) -> None:
         for operator, args, kwargs, made in self.calls:
-            results = _tensors(operator(*args, **kwargs))
+            results = tensors_of(operator(*args, **kwargs))
             for before, now in zip(made, results, strict=True):
                 if before is not None:
                     _whole(before).copy_(_whole(now))
@@ -87,13 +88,13 @@ class _Recorder(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._made:
                 self._changed.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        given = {address_of(tensor) for tensor in tensors_of((args, kwargs))}
         result = func(*args, **kwargs)
-        results = _tensors(result)
-        made = [None if _address(tensor) in given else tensor for tensor in results]
-        for tensor in results:
-            # Views too, so that no memory that a later call reads is given back.
-            self._made.setdefault(_address(tensor), tensor) if _address(tensor) not in given else 0
+        results = tensors_of(result)
+        made = [None if address_of(tensor) in given else tensor for tensor in results]
+        for tensor in made:
+            if tensor is not None:
+                self._made.setdefault(address_of(tensor), tensor)
         self.calls.append(_Call(func, args, kwargs, made))
         return result
 
@@ -113,15 +114,15 @@ def changed_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
         value = args[i] if i < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written or argument.name in undeclared:
-            found += _tensors(value)
+            found += tensors_of(value)
     return found
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _address(tensor: Tensor) -> int:
+def address_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
