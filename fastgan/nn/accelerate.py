@@ -29,6 +29,7 @@ from fastgan.nn.blocks import (
 )
 from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
 from fastgan.nn.grouped import sequence_forward
+from fastgan.nn.resnet import ResNetDiscriminator, ResNetGenerator
 from fastgan.nn.tracing import CONTAINERS, Trace, UntraceableError, trace
 from fastgan.saying import say_once
 
@@ -36,7 +37,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 FUSED, WOULD_FUSE, LEFT_ALONE = "fused", "would fuse", "left alone"
 
-_OWN_FORWARDS = (DCGANGenerator.forward, DCGANDiscriminator.forward)
+_OWN_FORWARDS = (
+    *(DCGANGenerator.forward, DCGANDiscriminator.forward),
+    *(ResNetGenerator.forward, ResNetDiscriminator.forward),
+)
 
 
 class Row(NamedTuple):
@@ -253,14 +257,15 @@ def _chains(part: nn.Module, found: Trace | None) -> tuple[tuple[str | Activatio
 
 
 def _split(
-    part: nn.Module, chain: tuple[str | Activation, ...]
+    part: nn.Module, chain: tuple[str | Activation, ...], *, own: bool = False
 ) -> Iterator[tuple[list[Any], Block | Part]]:
     """Blocks and what is between them, each with the part of ``chain`` that it stands for."""
     i = 0
-    for block in split_blocks([_member(part, name) for name in chain]):
+    for block in split_blocks([_member(part, name) for name in chain], own=own):
         length = 1
         if isinstance(block, Block):
-            length += (block.batch_norm is not None) + (block.activation != "none")
+            modules = (block.convolution, block.batch_norm)
+            length = 2 - modules.count(None) + (block.activation != "none")
         yield list(chain[i : i + length]), block
         i += length
 
@@ -294,10 +299,12 @@ def _rows(path: str, part: nn.Module, own: bool) -> Iterator[Row]:
     calls = f"when called with {', '.join(found.inputs)} alone" if found and found.optional else ""
     seen = set()
     for chain in _chains(part, found):
-        split = [*_split(part, chain), ([""], nn.Identity())]
+        split = [*_split(part, chain, own=own), ([""], nn.Identity())]
         for (run, block), (after, follower) in itertools.pairwise(split):
             seen.add(run[0])
             if isinstance(block, Block):
+                if block.convolution is None:
+                    continue
                 modules = " + ".join(_kind(part, name) for name in run)
                 reason = _end(block, after[0], follower) or reasons.get(run[0], calls)
                 yield row(run[0], modules, FUSED if own or recipe else WOULD_FUSE, reason)

@@ -4,6 +4,10 @@
 ``Tanh`` or none, are one block of :mod:`fastgan.ops.block`. The modules stay what they are: their
 parameters, state-dict keys and training modes are read at each call, and so is whether they may be
 fused: what has come by a hook since runs as it is.
+
+In a sequence of fastgan's own (``own``), unlike in anybody's that is accelerated, a batch norm that
+follows no convolution makes a block as well, and so does a convolution that is changed by PyTorch's
+spectral norm alone. Its weight is read once in a pass: in training each reading is an iteration.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from fastgan.ops.activation import ACTIVATIONS
 from fastgan.ops.block import conv_bn_act, conv_transpose_bn_act
@@ -22,6 +26,7 @@ from fastgan.ops.bn_act import bn_act
 from fastgan.ops.conv import conv
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.LeakyReLU: "leaky_relu",
@@ -47,19 +52,19 @@ Parts = TypeVar("Parts", bound=Part)
 
 
 class Block(NamedTuple):
-    """Parts that follow one another and run as one."""
+    """Parts that follow one another and run as one, the first of them a module."""
 
-    convolution: nn.Conv2d | nn.ConvTranspose2d
-    batch_norm: nn.BatchNorm2d | None
+    convolution: nn.Conv2d | nn.ConvTranspose2d | None
+    batch_norm: nn.modules.batchnorm._BatchNorm | None
     activation: str
     negative_slope: float
 
 
-def altered(module: nn.Module) -> str | None:
+def altered(module: nn.Module, *, own: bool = False) -> str | None:
     """What keeps ``module`` from being replaced by the op it stands for; None if nothing does."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "has hooks"
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) and not (own and _is_spectrally_normed(module)):
         return "is parametrized"
     if "forward" in vars(module):
         return "has its forward replaced"
@@ -91,20 +96,25 @@ def batch_norm_arguments(bn: nn.modules.batchnorm._BatchNorm, groups: int) -> di
     }
 
 
-def split_blocks(parts: Sequence[Parts]) -> Iterator[Block | Parts]:
+def split_blocks(parts: Sequence[Parts], *, own: bool = False) -> Iterator[Block | Parts]:
     """``parts`` in order, those that make a block together as one."""
     i = 0
     while i < len(parts):
         first = parts[i]
-        i += 1
-        if not isinstance(first, CONVOLUTIONS) or convolution_obstacle(first):
+        convolution = None
+        if isinstance(first, CONVOLUTIONS) and not convolution_obstacle(first, own=own):
+            convolution = first
+            i += 1
+        kinds = BATCH_NORMS if convolution is None else (nn.BatchNorm2d,)
+        batch_norm = _batch_norm(parts[i], kinds) if i < len(parts) else None
+        if convolution is None and not (own and batch_norm):
+            i += 1
             yield first
             continue
-        batch_norm = _batch_norm(parts[i]) if i < len(parts) else None
         i += batch_norm is not None
         activation = _activation(parts[i]) if i < len(parts) else Activation("none")
         i += activation.name != "none"
-        yield Block(first, batch_norm, *activation)
+        yield Block(convolution, batch_norm, *activation)
 
 
 def run_parts(x: Tensor, *parts: Part) -> Tensor:
@@ -143,6 +153,9 @@ def laid_out_as(y: Tensor, x: Tensor, convolution: nn.Module) -> Tensor:
 def run_block(block: Block, x: Tensor, groups: int) -> Tensor:
     """``block`` over ``x``, in which ``groups`` equal batches lie one after another."""
     convolution, batch_norm, activation, slope = block
+    if convolution is None:
+        assert batch_norm is not None
+        return run_batch_norm(batch_norm, x, groups, activation, slope)
     transposed = isinstance(convolution, nn.ConvTranspose2d)
     sizes: dict[str, Any] = {
         "stride": convolution.stride[0],
@@ -162,23 +175,33 @@ def run_block(block: Block, x: Tensor, groups: int) -> Tensor:
     return fused(x, weight, bias, batch_norm.weight, batch_norm.bias, **norm, **sizes, **end)
 
 
-def run_batch_norm(bn: nn.modules.batchnorm._BatchNorm, x: Tensor, groups: int) -> Tensor:
-    """``bn`` over ``x``, in which ``groups`` equal batches lie one after another."""
+def run_batch_norm(
+    bn: nn.modules.batchnorm._BatchNorm,
+    x: Tensor,
+    groups: int,
+    activation: str = "none",
+    slope: float = 0.0,
+) -> Tensor:
+    """``bn``, then ``activation``, over ``x``, in which ``groups`` equal batches lie in order."""
+    bn._check_input_dim(x)  # raises: the op takes other ranks, the module does not
     norm = batch_norm_arguments(bn, groups)
     if norm is None:
-        return _each_group(bn, x, groups)
-    return bn_act(x, bn.weight, bn.bias, **norm)
+        return ACTIVATIONS[activation](_each_group(bn, x, groups), slope)
+    end: dict[str, Any] = {"activation": activation, "negative_slope": slope}
+    return bn_act(x, bn.weight, bn.bias, **norm, **end)
 
 
 def _each_group(module: nn.Module, x: Tensor, groups: int) -> Tensor:
     return module(x) if groups == 1 else torch.cat([module(part) for part in x.chunk(groups)])
 
 
-def convolution_obstacle(module: nn.Conv2d | nn.ConvTranspose2d) -> str | None:
+def convolution_obstacle(
+    module: nn.Conv2d | nn.ConvTranspose2d, *, own: bool = False
+) -> str | None:
     """What keeps ``module`` out of a block; None if nothing does."""
-    if change := altered(module):
+    if change := altered(module, own=own):
         return change
-    if type(module) not in CONVOLUTIONS:
+    if parametrize.type_before_parametrizations(module) not in CONVOLUTIONS:
         return f"is a {type(module).__name__}, which may do anything"
     if isinstance(module.padding, str):
         return f"has padding={module.padding!r}"
@@ -198,8 +221,21 @@ def convolution_obstacle(module: nn.Conv2d | nn.ConvTranspose2d) -> str | None:
     return None
 
 
-def _batch_norm(part: Part) -> nn.BatchNorm2d | None:
-    if isinstance(part, nn.BatchNorm2d) and type(part) is nn.BatchNorm2d and not altered(part):
+def _is_spectrally_normed(module: nn.Module) -> bool:
+    """Whether PyTorch's spectral norm of its weight is all that ``module`` is parametrized by."""
+    changes = module.parametrizations
+    assert isinstance(changes, nn.ModuleDict)
+    if list(changes) != ["weight"]:
+        return False
+    of_weight = changes["weight"]
+    assert isinstance(of_weight, parametrize.ParametrizationList)
+    return [type(change) for change in of_weight] == [parametrizations._SpectralNorm]
+
+
+def _batch_norm(
+    part: Part, kinds: tuple[type[nn.Module], ...]
+) -> nn.modules.batchnorm._BatchNorm | None:
+    if isinstance(part, BATCH_NORMS) and type(part) in kinds and not altered(part):
         return part
     return None
 

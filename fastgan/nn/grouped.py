@@ -10,12 +10,14 @@ several.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastgan.nn.blocks import (
+    BATCH_NORMS,
     Block,
     altered,
     is_channels_last,
@@ -30,10 +32,8 @@ from fastgan.nn.blocks import (
 class _Grouped(Protocol):
     """A module that knows how to take several batches."""
 
-    def forward_grouped(self, x: Tensor, groups: int) -> Tensor: ...
+    def forward_grouped(self, x: Tensor, groups: int, *extra: Tensor) -> Tensor: ...
 
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # Exact types: a subclass may do anything.
 _PER_SAMPLE = frozenset(
@@ -73,7 +73,7 @@ def grouping_obstacle(module: nn.Module) -> str | None:
         where = f"{name or 'the module itself'} ({type(part).__name__})"
         if change := altered(part):
             return f"{where} {_WHY_NOT.get(change, change)}"
-        if type(part) in _PER_SAMPLE or type(part) in _BATCH_NORMS or _walks_children(part):
+        if _is_per_sample(part) or type(part) in BATCH_NORMS or _walks_children(part):
             continue
         if isinstance(part, parametrize.ParametrizationList):
             continue
@@ -81,26 +81,30 @@ def grouping_obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def grouped_forward(module: nn.Module, x: Tensor, groups: int) -> Tensor:
+def grouped_forward(module: nn.Module, x: Tensor, groups: int, *extra: Tensor) -> Tensor:
     """``module`` over ``groups`` equal batches that lie one after another in ``x``.
 
     Args:
         module: one for which :func:`grouping_obstacle` is None.
         x: ``[groups·n, ...]``.
         groups: how many batches.
+        extra: what else ``module`` takes, such as labels: ``[groups·n, ...]`` each, in the order of
+            ``x``.
 
     Returns:
         ``[groups·n, ...]``.
 
     Equivalent to::
 
-        torch.cat([module(part) for part in x.chunk(groups)])
+        torch.cat([module(*parts) for parts in zip(*(t.chunk(groups) for t in (x, *extra)))])
     """
     if groups > 1 and isinstance(module, _Grouped):
-        return module.forward_grouped(x, groups)
+        return module.forward_grouped(x, groups, *extra)
+    if extra:
+        return module(x, *extra)
     if _is_sequence(module) and not altered(module):
-        return _run_sequence(module, x, groups)
-    if groups > 1 and isinstance(module, _BATCH_NORMS):
+        return run_sequence(_children(module), x, groups)
+    if groups > 1 and isinstance(module, BATCH_NORMS):
         return run_batch_norm(module, x, groups)
     return module(x)
 
@@ -120,6 +124,7 @@ def _run_in_layout(module: nn.Module, x: Tensor, is_plain: bool) -> tuple[Tensor
     have it otherwise than in ``torch.channels_last``."""
     for part in split_blocks(_children(module)):
         if isinstance(part, Block):
+            assert part.convolution is not None
             x = run_block(part, x, 1)
             is_plain = is_plain and not is_channels_last(part.convolution.weight)
         elif _is_sequence(part) and not altered(part):
@@ -140,13 +145,21 @@ def _children(sequence: nn.Module) -> list[nn.Module]:
     return list(sequence)  # type: ignore[call-overload]
 
 
-def _run_sequence(module: nn.Module, x: Tensor, groups: int) -> Tensor:
-    for part in split_blocks(_children(module)):
+def run_sequence(modules: Sequence[nn.Module], x: Tensor, groups: int) -> Tensor:
+    """:func:`grouped_forward` of the ``modules`` one after another, in blocks."""
+    for part in split_blocks(modules, own=True):
         if isinstance(part, Block):
             x = run_block(part, x, groups)
         else:
             x = grouped_forward(part, x, groups)
     return x
+
+
+def _is_per_sample(module: nn.Module) -> bool:
+    if type(module) is nn.Embedding:
+        # That scales by how often each index is in the batch.
+        return not module.scale_grad_by_freq
+    return type(module) in _PER_SAMPLE
 
 
 def _walks_children(module: nn.Module) -> bool:

@@ -18,6 +18,17 @@ def nearest_sizes(size: int) -> tuple[int, int]:
     return min(first, second), max(first, second)
 
 
+def require_positive(**sizes: int) -> None:
+    """Refuse a size of nought or less, by its name.
+
+    Raises:
+        InputError: one is not at least 1.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+
+
 def split_size(image_size: int) -> tuple[int, int]:
     """``(s0, k)`` with ``image_size = s0·2^k`` and ``s0`` in 4..7.
 
