@@ -256,7 +256,13 @@ def test_the_range_is_looked_at_in_the_first_batch_even_after_a_g_step():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"loss": "hinge"}, NotBuiltError, "loss='hinge' is not built yet"),
+        ({"label_smoothing": 0.5}, InputError, "label_smoothing=0.5"),
+        ({"loss": "hinge", "label_smoothing": 0.1}, InputError, "loss='hinge' has no target"),
+        ({"r1": -1.0}, InputError, "r1=-1.0"),
+        ({"r1_every": 0}, InputError, "r1_every=0"),
+        ({"gp": float("inf")}, InputError, "gp=inf"),
+        ({"instance_noise": -0.1}, InputError, "instance_noise=-0.1"),
+        ({"diff_augment": ["blur"]}, InputError, "diff_augment='blur' is unknown; .* cutout"),
         ({"loss": "mse"}, InputError, "loss='mse' is unknown"),
         ({"precision": "fp8"}, InputError, "precision='fp8' is unknown"),
         ({"precision": "fp16"}, InputError, "precision='fp16' needs a GPU; .* 'bf16' or 'fp32'"),
@@ -292,8 +298,8 @@ def test_an_unknown_device(device):
     ("call", "error", "message"),
     [
         (lambda e: e.step(), InputError, "no loader is attached"),
-        (lambda e: e.step(real(), labels=torch.zeros(8)), NotBuiltError, "labels"),
-        (lambda e: e.step(real(), fake_labels=torch.zeros(8)), NotBuiltError, "fake_labels"),
+        (lambda e: e.step(real(), labels=torch.zeros(8)), InputError, "labels: .* take no labels"),
+        (lambda e: e.step(real(), fake_labels=torch.zeros(8)), InputError, "fake_labels: netG"),
         (lambda e: e.step(real(8), noise=torch.randn(7, NZ, 1, 1)), InputError, "7 rows"),
         (lambda e: e.g_step(), InputError, "neither"),
         (lambda e: e.g_step(2, torch.randn(2, NZ)), InputError, "both"),

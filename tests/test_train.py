@@ -58,14 +58,24 @@ def test_a_run_folder_holds_what_is_promised(tmp_path):
 def test_the_report_is_one_self_contained_page(tmp_path):
     run_small(tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("<svg") == 2 and page.count("<polyline") == 5
+    # Losses and scores; the verdicts, what is measured among the samples, accuracy, gradients.
+    assert page.count("<svg") == 2 + 4 and page.count("<polyline") == 5 + 7
     assert page.count("data:image/png;base64,") == 2
     assert "batch_size" in page and "10 of 10" in page
     assert not re.search(r"(src|href)='?https?:", page)
 
 
 def test_the_report_escapes_what_it_is_given():
-    page = loop.render_report("<b>", {"a": "<script>"}, {}, [], [], [("<i>.png", "bad")])
+    page = loop.render_report(
+        "<b>",
+        {"a": "<script>"},
+        {},
+        [{"step": 1, "spread": 1.0}],
+        [],
+        skipped=[("<i>.png", "bad")],
+        health=[{"step": 1, "verdict": "<i>", "reasons": ["<b>"]}, {"step": 2, "action": "<i>"}],
+        quality=[{"step": 1, "frechet": 1.0, "described": "<script>"}],
+    )
     assert "<script>" not in page and "<i>" not in page and "<b>" not in page
 
 

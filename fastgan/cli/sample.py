@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tqdm import tqdm
@@ -12,6 +12,9 @@ from tqdm import tqdm
 from fastgan.cli import DONE
 from fastgan.cli.parse import OptionalPath, parse
 from fastgan.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _ARC_STEPS = 8
 _CHUNK = 256
@@ -28,6 +31,9 @@ class SampleArgs:
         o: Where to write the grid (PNG); by default grid.png, unless --each is given.
         each: A folder to write each image to, by itself.
         interpolate: Rows of eight steps on the way from one sample to another.
+        class_: The class to make, by its number or name, of a conditional generator. By default all
+            of them, a row of the grid for each.
+        best: The best checkpoint, of a run that measured its quality, in place of the newest.
         seed: Of the noise.
     """
 
@@ -36,6 +42,8 @@ class SampleArgs:
     o: Annotated[Path | None, tyro.conf.arg(name="output", aliases=["-o"], metavar="PATH")] = None
     each: OptionalPath = None
     interpolate: bool = False
+    class_: Annotated[str | None, tyro.conf.arg(name="class", metavar="CLASS")] = None
+    best: bool = False
     seed: int = 0
 
 
@@ -61,7 +69,8 @@ def run(argv: list[str]) -> int:
     from fastgan.train.checkpoint import load_generator
     from fastgan.train.samples import image_grid, slerp, write_each, write_png
 
-    netG = load_generator(args.run)
+    netG = load_generator(args.run / "best" if args.best else args.run)
+    labels = _labels(args, netG)
     shape = noise_shape(netG)
     draw = generator(args.seed, "sample")
     if args.interpolate:
@@ -73,8 +82,10 @@ def run(argv: list[str]) -> int:
     kept = []
     written = 0
     with tqdm(total=args.n, unit="image", disable=None, leave=False) as bar:
-        for chunk in noise.split(_CHUNK):
-            images = sample(netG, chunk)
+        for start in range(0, args.n, _CHUNK):
+            chunk = noise[start : start + _CHUNK]
+            classes = labels[start : start + _CHUNK] if labels is not None else None
+            images = sample(netG, chunk, classes)
             if args.each is not None:
                 written = write_each(args.each, images, written)
             if output is not None:
@@ -83,9 +94,40 @@ def run(argv: list[str]) -> int:
     if args.each is not None:
         print(f"Wrote {written} images to {args.each}")
     if output is not None:
-        write_png(output, image_grid(torch.cat(kept), _ARC_STEPS if args.interpolate else None))
+        columns = _ARC_STEPS if args.interpolate else None
+        if labels is not None and args.class_ is None and not args.interpolate:
+            columns = -(-args.n // int(labels.max() + 1))
+        write_png(output, image_grid(torch.cat(kept), columns))
         print(f"Wrote {output}")
     return DONE
+
+
+def _labels(args: SampleArgs, netG: torch.nn.Module) -> torch.Tensor | None:
+    """The class of each sample ``[n]``; None of a generator that has none."""
+    import torch
+
+    n_classes: int = getattr(netG, "n_classes", 0)
+    names: tuple[str, ...] = getattr(netG, "class_names", ())
+    if not n_classes:
+        if args.class_ is not None:
+            raise InputError(
+                f"--class {args.class_}: {str(args.run)!r} was trained without classes"
+            )
+        return None
+    if args.class_ is None and args.interpolate:
+        return torch.arange(args.n) // _ARC_STEPS % n_classes
+    if args.class_ is None:
+        per_class = -(-args.n // n_classes)
+        return torch.arange(n_classes).repeat_interleave(per_class)[: args.n]
+    if args.class_ in names:
+        return torch.full((args.n,), names.index(args.class_))
+    if args.class_.isdecimal() and int(args.class_) < n_classes:
+        return torch.full((args.n,), int(args.class_))
+    known = f": {', '.join(names)}" if names else ""
+    raise InputError(
+        f"--class {args.class_!r} is none of the {n_classes} classes{known}; give a name, or a "
+        f"number from 0 to {n_classes - 1}"
+    )
 
 
 def _check_output(output: Path) -> None:

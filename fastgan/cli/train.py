@@ -14,7 +14,7 @@ from fastgan.data.sources import Source, open_source
 from fastgan.errors import InputError
 from fastgan.nn.sizes import IMAGE_SIZES
 from fastgan.train.config import TrainConfig, default_out
-from fastgan.train.run import RunFolder
+from fastgan.train.run import RunFolder, read_lines
 
 _DEFAULT_IMAGE_SIZE = 64
 _DRY_STEPS = 4
@@ -89,6 +89,8 @@ def _train(config: TrainConfig, data: ImageSet, out: Path, args: TrainArgs) -> i
 
     _describe(config, data)
     result = train(config, data, out, resume=args.resume, force=args.force)
+    if result.stopped:
+        print(f"Stopped at step {result.step} of {result.steps}, by --stop; see its health.jsonl.")
     if result.interrupted:
         print(
             f"Stopped after step {result.step} of {result.steps}; to go on: fastgan train --out "
@@ -110,7 +112,7 @@ def _dry_run(config: TrainConfig, data: ImageSet) -> int:
     few = dataclasses.replace(config, steps=_DRY_STEPS, epochs=None, log_every=1)
     with tempfile.TemporaryDirectory(prefix="fastgan-") as folder:
         result = train(few, data, Path(folder) / "run", progress=False)
-        rows = RunFolder(Path(folder) / "run").read_metrics()
+        rows = read_lines(RunFolder(Path(folder) / "run").metrics)
     if result.interrupted:
         print("Dry run stopped; nothing was kept.")
         return INTERRUPTED

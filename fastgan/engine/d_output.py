@@ -71,6 +71,7 @@ class DiscriminatorOutput:
         netD: the discriminator.
         sample: ``[n, C, H, W]``, a few images of the kind it will see.
         requested: ``auto``, ``logits`` or ``probability``.
+        given: what ``netD`` is called with after the images, such as their labels.
 
     Attributes:
         kind: ``logits`` or ``probability``: what a call within :meth:`logits` returns.
@@ -79,12 +80,18 @@ class DiscriminatorOutput:
         InputError: ``auto`` cannot tell which it is, or ``probability`` is not what it returns.
     """
 
-    def __init__(self, netD: nn.Module, sample: Tensor, requested: str = "auto") -> None:
+    def __init__(
+        self,
+        netD: nn.Module,
+        sample: Tensor,
+        requested: str = "auto",
+        given: tuple[Tensor, ...] = (),
+    ) -> None:
         self.kind = "logits"
         self._skip: int | None = None
         if requested == "logits":
             return
-        last, scores = self._find_final_sigmoid(netD, sample)
+        last, scores = self._find_final_sigmoid(netD, (sample, *given))
         if self._skip is not None or (last == "logits" and requested == "auto"):
             return
         if requested == "auto":
@@ -109,16 +116,16 @@ class DiscriminatorOutput:
             with _CountSigmoids(self._skip):
                 yield
 
-    def _find_final_sigmoid(self, netD: nn.Module, sample: Tensor) -> tuple[str, Tensor]:
+    def _find_final_sigmoid(self, netD: nn.Module, given: tuple[Tensor, ...]) -> tuple[str, Tensor]:
         """What ``netD`` ends in and what it returns; sets the sigmoid to skip if it ends in one."""
         # Plain torch's graph is what can be read.
         with evaluation_mode(netD), torch.enable_grad(), use_backend("reference"):
             with _CountSigmoids() as seen:
-                scores = netD(sample)
+                scores = netD(*given)
             last = _last_operation(scores.grad_fn)
             if last == "sigmoid" and seen.calls:
                 with _CountSigmoids(seen.calls - 1):
-                    logits = netD(sample)
+                    logits = netD(*given)
                 # The last call made need not be the last operation: take it only if it checks out.
                 if torch.equal(logits.sigmoid(), scores):
                     self._skip = seen.calls - 1

@@ -12,6 +12,18 @@ from torch.optim.swa_utils import update_bn
 from fastgan.errors import InputError
 
 
+class _Unpacking(nn.Module):
+    """``module``, called with its arguments in one tuple."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training  # to which update_bn puts the whole back
+
+    def forward(self, arguments: tuple[Tensor, ...]) -> Tensor:
+        return self.module(*arguments)
+
+
 class ExponentialMovingAverage:
     """Keeps ``average += (1 - d_t)·(parameters - average)`` with ``d_t = min(decay, t / (t + 9))``.
 
@@ -54,8 +66,8 @@ class ExponentialMovingAverage:
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Measure the statistics of the average's batch norms on ``batches`` of noise.
+    def calibrate(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
+        """Measure the statistics of the average's batch norms on ``batches`` of its arguments.
 
         Does nothing where the weights have not changed since it was last called.
         """
@@ -65,5 +77,6 @@ class ExponentialMovingAverage:
         # In training mode, so that a dropout draws: not from the global generator as it stands.
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            update_bn(batches, self.module)
+            # Of what is in a tuple, update_bn hands on the first.
+            update_bn(((batch,) for batch in batches), _Unpacking(self.module))
         self.stale = False

@@ -11,7 +11,7 @@ https://arxiv.org/abs/1710.03740).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -100,6 +100,11 @@ class Updater:
         """Adds the gradients of ``loss``."""
         loss.backward()
 
+    def gradient_norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """The norm ``[1]`` of all gradients there are; of float32, on the device."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return torch.stack(torch._foreach_norm(gradients)).float().norm().reshape(1)
+
     def step(self) -> None:
         """Takes the optimiser's step."""
         self._optimizer.step()
@@ -125,6 +130,11 @@ class ScaledUpdater(Updater):
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of ``loss``, scaled."""
         self._scaler.scale(loss).backward()
+
+    def gradient_norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """That of the gradients without their scale."""
+        norm = super().gradient_norm(parameters)
+        return norm / self._scaler.scale(torch.ones_like(norm))
 
     def step(self) -> None:
         """Takes the optimiser's step where all gradients are finite, and adapts the scale."""

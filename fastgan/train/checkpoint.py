@@ -1,10 +1,10 @@
 """Checkpoints: written whole or not at all, verified when they are read.
 
 ``step-000500/`` holds ``netG.safetensors``, ``netD.safetensors``, ``ema.safetensors`` where an
-average is kept, ``state.pt`` (optimisers, generators, loader position; tensors and plain values
-only) and ``manifest.json`` (format, step, settings, versions, thread count, and the SHA-256 of each
-file). It is written under a temporary name, synced and renamed, so that a folder with the final
-name is complete.
+average is kept, ``state.pt`` (optimisers, generators, loader position, the run's health; tensors
+and plain values only) and ``manifest.json`` (format, step, settings, the data's number of images
+and names of classes, versions, thread count, and the SHA-256 of each file). It is written under a
+temporary name, synced and renamed, so that a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._version import __version__
+from fastgan.data.images import ImageSet
 from fastgan.engine.engine import Engine
 from fastgan.errors import InputError, RunError
 from fastgan.files import sync_folder, write_synced
@@ -45,12 +46,14 @@ def build_networks(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
     """New ``(netG, netD)`` of a run, initialised from the global generator.
 
     Args:
-        config: with ``nc`` and ``image_size`` set.
+        config: with ``nc``, ``image_size`` and, if it is conditional, ``n_classes`` set.
 
     Raises:
         InputError: the model is unknown or does not take these sizes.
     """
+    conditional = config.condition != "none"
     assert config.nc is not None and config.image_size is not None
+    assert config.n_classes is not None or not conditional
     return build_model(
         config.model,
         nz=config.nz,
@@ -58,10 +61,26 @@ def build_networks(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
         ndf=config.ndf,
         nc=config.nc,
         image_size=config.image_size,
+        n_classes=(config.n_classes or 0) if conditional else 0,
+        condition=config.condition,
+        spectral_norm=config.spectral_norm,
+        **_options(config),
     )
 
 
-def save_checkpoint(folder: Path, engine: Engine, config: TrainConfig) -> Path:
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """The settings that are of some models alone, where they are not the defaults."""
+    options = {"extra_layers": config.extra_layers, "norm_d": config.norm_d}
+    return {name: value for name, value in options.items() if value != getattr(TrainConfig, name)}
+
+
+def save_checkpoint(
+    folder: Path,
+    engine: Engine,
+    config: TrainConfig,
+    data: ImageSet | None = None,
+    health: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the state of ``engine`` to ``folder/step-NNNNNN`` and return that path.
 
     One that is there already for the same step is left as it is: steps are deterministic.
@@ -70,6 +89,8 @@ def save_checkpoint(folder: Path, engine: Engine, config: TrainConfig) -> Path:
         folder: the run's ``checkpoints``.
         engine: its state, and that of torch's global generators, is what is saved.
         config: the settings of the run.
+        data: what it is trained on.
+        health: the state of its :class:`fastgan.metrics.health.Health`.
 
     Raises:
         RunError: a weight is not finite.
@@ -88,6 +109,7 @@ def save_checkpoint(folder: Path, engine: Engine, config: TrainConfig) -> Path:
             contents[f"{name}.safetensors"] = safetensors.torch.save(plain)
     # A network with dropout draws from the global generators.
     state["global_rng"] = torch.get_rng_state()
+    state["health"] = dict(health) if health is not None else None
     if engine.device.type == "cuda":
         state["global_cuda_rng"] = torch.cuda.get_rng_state(engine.device)
     buffer = io.BytesIO()
@@ -97,17 +119,19 @@ def save_checkpoint(folder: Path, engine: Engine, config: TrainConfig) -> Path:
         "format": FORMAT,
         "step": engine.steps,
         "settings": vars(config),
+        "images": len(data) if data is not None else None,
+        "class_names": list(data.class_names) if data is not None else [],
         "threads": torch.get_num_threads(),
         "versions": {"fastgan": __version__, "torch": str(torch.__version__)},
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        "files": {name: hashlib.sha256(held).hexdigest() for name, held in contents.items()},
     }
     contents["manifest.json"] = json.dumps(manifest, indent=1).encode()
     temporary = folder / f".tmp-{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        for name, data in contents.items():
-            write_synced(temporary / name, data)
+        for name, content in contents.items():
+            write_synced(temporary / name, content)
         sync_folder(temporary)
         if target.exists():
             shutil.rmtree(target)
@@ -176,8 +200,11 @@ def read_settings(path: Path, manifest: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.from_values(manifest["settings"], f"checkpoint {str(path)!r}")
 
 
-def load_checkpoint(path: Path, engine: Engine) -> None:
+def load_checkpoint(path: Path, engine: Engine) -> Mapping[str, Any] | None:
     """Put the state at ``path`` into ``engine``, once every file's checksum is right.
+
+    Returns:
+        The state of the run's health, where there is one.
 
     Raises:
         InputError: a file is missing or damaged, or is of other networks or data.
@@ -193,10 +220,30 @@ def load_checkpoint(path: Path, engine: Engine) -> None:
         cuda_rng = state.pop("global_cuda_rng", None)
         if cuda_rng is not None and engine.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_rng, engine.device)
+        health: Mapping[str, Any] | None = state.pop("health", None)
         engine.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"checkpoint {str(path)!r} does not fit this run: {reason}") from error
+    return health
+
+
+def go_back(path: Path, engine: Engine) -> None:
+    """Give ``engine`` the weights and optimisers at ``path``; data and noise go on from here.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    before = _unpickle(path / "state.pt", _read_verified(path, "state.pt", manifest))
+    state = engine.state_dict()
+    for name in _NETWORKS:
+        if state[name] is not None:
+            file = f"{name}.safetensors"
+            state[name] = safetensors.torch.load(_read_verified(path, file, manifest))
+    for name in ("opt_g", "opt_d", "scale_g", "scale_d", "ema_updates"):
+        state[name] = before[name]
+    engine.load_state_dict(state)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -225,6 +272,9 @@ def set_aside(path: Path) -> None:
 def load_generator(path: Path) -> nn.Module:
     """A trained generator, on the CPU, the averaged one where there is one.
 
+    A conditional one has the names of its classes, as far as the data had some, in
+    ``class_names``.
+
     Args:
         path: a run folder (its newest checkpoint that is not damaged), a checkpoint folder, or a
             DCGAN generator's state dict as ``.pth``, ``.pt`` or ``.safetensors``.
@@ -236,9 +286,19 @@ def load_generator(path: Path) -> nn.Module:
         raise InputError(f"{str(path)!r} does not exist; give a run folder or a netG file")
     if path.is_file():
         return DCGANGenerator.from_state_dict(read_state_dict(path))
+    return _generator_of(find_checkpoint(path))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the newest of a run that is not damaged.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
     if (path / "manifest.json").exists():
-        return _generator_of(path)
-    candidates = list_checkpoints(path / "checkpoints")
+        return path
+    # A run keeps them in checkpoints/, the best in best/.
+    candidates = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not candidates:
         raise InputError(
             f"{str(path)!r} holds no checkpoint; give a run folder (with checkpoints/step-…), a "
@@ -246,10 +306,12 @@ def load_generator(path: Path) -> nn.Module:
         )
     for candidate in candidates:
         try:
-            return _generator_of(candidate)
+            _verify(candidate)
         except InputError as error:
             logger.warning("%s; looking for an earlier one", error)
             last = error
+        else:
+            return candidate
     raise last
 
 
@@ -259,6 +321,7 @@ def _generator_of(path: Path) -> nn.Module:
     weights = safetensors.torch.load(_read_verified(path, name, manifest))
     netG, _ = build_networks(read_settings(path, manifest))
     netG.load_state_dict(weights)
+    netG.class_names = tuple(manifest.get("class_names") or ())  # type: ignore[assignment]
     return netG
 
 

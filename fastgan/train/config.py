@@ -14,20 +14,23 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from fastgan.choices import Backend, Precision
+from fastgan.choices import Backend, Condition, Loss, NormD, Precision
 from fastgan.errors import InputError
 from fastgan.nn.sizes import split_size
 
 DEFAULT_STEPS = 2000
+DIFF_AUGMENTS = ("color", "translation", "cutout")
+ACTIONS = ("lower-lr-d", "instance-noise", "roll-back")
 
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 
 # What a resumed run may be given anew: where it stops, what it writes, where it runs. The data may
 # have moved; that they are the same is checked by their digest.
 _FREE_ON_RESUME = frozenset(
     {
         *("data", "steps", "epochs", "save_every", "sample_every", "log_every", "keep"),
-        *("max_bad", "workers", "backend", "device", "capture"),
+        *("max_bad", "workers", "backend", "device", "capture", "stop"),
     }
 )
 
@@ -39,19 +42,39 @@ class TrainConfig:
     Attributes:
         data: Images to train on: a folder (class subfolders or not), a .zip, .npy, .npz, .h5, MNIST
             idx files, or 'digits', the embedded set of 10,000 handwritten digits.
-        model: Networks to train, by their registered name.
+        model: Networks to train, by their registered name: 'dcgan', 'resnet' (as SNGAN's), 'mlp',
+            or one that an installed package adds.
+        condition: Train on the classes of a labelled set, so that images of a class can be asked
+            for. The classes join G's noise, and D's images as 'planes' or D's score by
+            'projection'.
+        n_classes: Classes of a conditional GAN. By default those of the data.
         image_size: Side of the images, s0*2^k with s0 in 4..7, from 16 to 256. By default the power
             of two that holds the images, where the source is an array (digits: 32), else 64.
         nc: Channels: 1 (grey) or 3 (RGB). By default what the images have.
         nz: Length of the noise vector z.
         ngf: Channels of the generator's last hidden layer.
         ndf: Channels of the discriminator's first hidden layer.
+        extra_layers: Of dcgan: further convolutions, of 3x3, at each resolution of both networks.
+        norm_d: Of dcgan: batch norm in the discriminator, or none, as penalties of its gradient and
+            spectral norm would have it.
+        spectral_norm: Spectral norm in each layer of the discriminator.
+        loss: 'bce'; 'minimax'; 'lsgan'; 'hinge'; or 'wgan-gp', with a gradient penalty.
+        label_smoothing: D's target for real images is less than 1 by this much; of 'bce', 'minimax'
+            and 'lsgan'.
+        gp: Weight of the gradient penalty of 'wgan-gp'.
+        r1: Weight of the R1 penalty of D's gradient on real images; 0 is none.
+        r1_every: Updates of D from one with the R1 penalty to the next.
+        diff_augment: Changes of all images that D sees, which gradients pass through, for small
+            sets: a comma-separated choice of color, translation, cutout.
+        instance_noise: Standard deviation of noise on all images that D sees.
         batch_size: Images in a batch.
         steps: Steps in all, each one update of D and one of G. Default: 2000, unless --epochs is
             given.
         epochs: Passes over the data in all, instead of --steps.
         lr: Learning rate of Adam.
+        lr_d: D's own learning rate. Default: --lr.
         beta1: Adam's beta1.
+        n_d: Updates of D for each update of G.
         ema: Decay of the moving average of G's weights that samples are made with; 0 keeps none and
             samples with G itself.
         seed: Of weights, noise and data order. The same seed on the same machine gives the same
@@ -60,6 +83,16 @@ class TrainConfig:
         save_every: Steps between checkpoints; the last step is always kept.
         sample_every: Steps between sample grids.
         log_every: Steps between lines of metrics.
+        eval_every: Steps between measurements of quality: Fréchet and kernel distance, precision,
+            recall, density, coverage. The best checkpoint is then kept, in best/. 0 is never.
+        eval_samples: Images that are generated for each.
+        features: What they are measured on: 'efficientnet-lite0', which needs no download;
+            'inception', the standard network; or 'classifier', trained here on the data's labels.
+        stop: End the run when D is unsure, the samples vary as real images do, and the Fréchet
+            distance has stopped falling. Without it, the report says when that was.
+        on_bad: What to do about a bad verdict, each time written to health.jsonl: a comma-separated
+            choice of lower-lr-d, instance-noise (both where D is too strong) and roll-back (to the
+            last good checkpoint, where the run collapses or diverges). By default nothing.
         keep: Checkpoints to keep, newest first; 0 keeps all.
         max_bad: Largest part of the images, 0 to 1, that may be unreadable; these are skipped and
             named.
@@ -73,22 +106,41 @@ class TrainConfig:
 
     data: str = "digits"
     model: str = "dcgan"
+    condition: Condition = "none"
+    n_classes: OptionalInt = None
     image_size: OptionalInt = None
     nc: OptionalInt = None
     nz: int = 100
     ngf: int = 64
     ndf: int = 64
+    extra_layers: int = 0
+    norm_d: NormD = "batch"
+    spectral_norm: bool = False
+    loss: Loss = "bce"
+    label_smoothing: float = 0.0
+    gp: float = 10.0
+    r1: float = 0.0
+    r1_every: int = 16
+    diff_augment: str = ""
+    instance_noise: float = 0.0
     batch_size: int = 64
     steps: OptionalInt = None
     epochs: OptionalInt = None
     lr: float = 2e-4
+    lr_d: OptionalFloat = None
     beta1: float = 0.5
+    n_d: int = 1
     ema: float = 0.999
     seed: int = 0
     flip: bool = False
     save_every: int = 500
     sample_every: int = 250
     log_every: int = 10
+    eval_every: int = 0
+    eval_samples: int = 2000
+    features: str = "efficientnet-lite0"
+    stop: bool = False
+    on_bad: str = ""
     keep: int = 3
     max_bad: float = 0.01
     workers: OptionalInt = None
@@ -103,13 +155,38 @@ class TrainConfig:
         Raises:
             InputError: names the flag, its value and what it takes.
         """
-        for name in ("nz", "ngf", "ndf", "batch_size", "save_every", "sample_every", "log_every"):
+        for name in (
+            *("nz", "ngf", "ndf", "batch_size", "save_every", "sample_every", "log_every"),
+            *("n_d", "r1_every"),
+        ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("image_size", "nc", "steps", "epochs", "workers"):
+        for name in ("image_size", "nc", "steps", "epochs", "workers", "n_classes"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "must be at least 1")
-        for name in ("lr", "beta1", "ema", "max_bad"):
+        for name in ("lr", "beta1", "ema", "max_bad", "gp", "r1", "instance_noise"):
             self._require(name, math.isfinite(getattr(self, name)), "must be a finite number")
+        for name in ("extra_layers", "gp", "r1", "instance_noise", "eval_every"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        self._require(
+            "lr_d",
+            self.lr_d is None or 0.0 < self.lr_d < math.inf,
+            "must be a finite number greater than 0",
+        )
+        self._require(
+            "label_smoothing",
+            0.0 <= self.label_smoothing < 0.5,
+            "must be at least 0 and less than 0.5",
+        )
+        if self.label_smoothing and self.loss in ("hinge", "wgan-gp"):
+            raise InputError(
+                f"--label-smoothing {self.label_smoothing}: --loss {self.loss} has no target to "
+                "smooth; use 0"
+            )
+        self._require("eval_samples", self.eval_samples >= 10, "must be at least 10")
+        if self.stop and not self.eval_every:
+            raise InputError("--stop needs --eval-every, which measures what it goes by")
+        self.choices("diff_augment", DIFF_AUGMENTS)
+        self.choices("on_bad", ACTIONS)
         self._require("nc", self.nc in (None, 1, 3), "must be 1 (grey) or 3 (RGB)")
         self._require("lr", self.lr > 0.0, "must be greater than 0")
         self._require("beta1", 0.0 <= self.beta1 < 1.0, "must be at least 0 and less than 1")
@@ -122,15 +199,27 @@ class TrainConfig:
             raise InputError(
                 f"--steps {self.steps} and --epochs {self.epochs}: give one of the two"
             )
-        if self.image_size is not None and self.model == "dcgan":
+        if self.image_size is not None and self.model in ("dcgan", "resnet"):
             try:
                 split_size(self.image_size)
             except InputError as error:
                 raise InputError(f"--image-size: {error}") from None
 
+    def choices(self, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
+        """The comma-separated values of the setting ``name``.
+
+        Raises:
+            InputError: one is not among ``known``.
+        """
+        chosen = tuple(part.strip() for part in getattr(self, name).split(",") if part.strip())
+        for value in chosen:
+            if value not in known:
+                raise InputError(f"{_flag(name)}: {value!r} is not one of {', '.join(known)}")
+        return chosen
+
     def steps_per_epoch(self, n_images: int) -> int:
-        """Batches in a pass over ``n_images``; the last may be smaller."""
-        return math.ceil(n_images / self.batch_size)
+        """Steps in a pass over ``n_images``; the last batch may be smaller."""
+        return math.ceil(math.ceil(n_images / self.batch_size) / self.n_d)
 
     def total_steps(self, n_images: int) -> int:
         """The step at which the run ends, for a set of ``n_images``."""

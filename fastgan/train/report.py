@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ from fastgan.train.samples import thin
 MAX_POINTS = 600
 MAX_PICTURES = 12
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 256, 56, 28, 26
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+# What a verdict colours the timeline with; a bad one that is not named, the last.
+_STATES = {"starting": "#ddd", "healthy": "#9fd8a4", "D too strong": "#f2c879"}
+_STATES |= {"G too strong": "#f2c879", "": "#e59a9a"}
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em;
@@ -37,7 +41,11 @@ def render_report(
     settings: Mapping[str, Any],
     metrics: Sequence[Mapping[str, float]],
     samples: Sequence[Path],
+    *,
     skipped: Sequence[tuple[str, str]] = (),
+    health: Sequence[Mapping[str, Any]] = (),
+    quality: Sequence[Mapping[str, Any]] = (),
+    neighbours: Path | None = None,
 ) -> str:
     """The page.
 
@@ -48,9 +56,14 @@ def render_report(
         metrics: the lines of ``metrics.jsonl``.
         samples: grids in order of their steps, named ``step-NNNNNN.png``.
         skipped: ``(name, reason)`` of images that could not be used.
+        health: the lines of ``health.jsonl``.
+        quality: those of ``quality.jsonl``.
+        neighbours: the picture of samples beside the real images nearest to them.
     """
     losses = {"loss D": "loss_d", "loss G": "loss_g"}
     scores = {"D(x)": "d_real", "D(G(z)) before": "d_fake", "D(G(z)) after": "d_fake_g"}
+    # Only those of the losses that are probabilities lie in [0, 1].
+    bounds = (0.0, 1.0) if settings.get("loss", "bce") in ("bce", "minimax") else (None, None)
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
@@ -58,13 +71,84 @@ def render_report(
         f"<h2>Losses</h2>{_chart(metrics, losses)}",
         "<h2>What D thinks</h2><p>The mean of D over real images, D(x), and over samples, D(G(z)), "
         "before and after D's update. A D that wins has them near 1 and 0; a G that wins has both "
-        f"near 0.5.</p>{_chart(metrics, scores, 0.0, 1.0)}",
+        f"near 0.5.</p>{_chart(metrics, scores, *bounds)}",
+        *_health(metrics, health),
+        *_quality(quality, neighbours),
         f"<h2>Samples, from the same noise</h2><div class=timeline>{_timeline(samples)}</div>",
         f"<h2>Settings</h2>{_table(settings)}",
     ]
     if skipped:
         parts.append(f"<h2>Skipped images ({len(skipped)})</h2>{_table(dict(skipped))}")
     return "\n".join(parts) + "\n</html>\n"
+
+
+def _health(
+    metrics: Sequence[Mapping[str, float]], health: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """The section on the run's health; nothing for a run that was not monitored."""
+    rows = [row for row in metrics if "spread" in row]
+    if not rows:
+        return []
+    samples = {"spread": "spread", "coverage": "coverage", "near duplicates": "duplicates"}
+    accuracy = {"on real images": "accuracy_real", "on samples": "accuracy_fake"}
+    gradients = {"gradient of D": "gradient_d", "of G": "gradient_g"}
+    said = [
+        f"<li>step {row['step']}: {html.escape(_said(row))}</li>"
+        for row in health
+        if row.get("verdict") != "starting"
+    ]
+    return [
+        f"<h2>Health</h2>{_verdicts(health, int(rows[-1]['step']))}<ul>{''.join(said)}</ul>",
+        "<p>How samples lie among the real images of the same batch: how far apart, as a part of "
+        "how far real images are; the share of real images with a sample near them; the share of "
+        f"samples with a near duplicate.</p>{_chart(rows, samples, 0.0)}",
+        f"<p>The share of images that D takes for what they are.</p>{_chart(rows, accuracy, 0, 1)}",
+        f"<p>Norms of the gradients.</p>{_chart(rows, gradients)}",
+    ]
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if "verdict" in row:
+        reasons = "; ".join(row["reasons"])
+        return f"{row['verdict']}: {reasons}" if reasons else str(row["verdict"])
+    return str(row["action"]) if "action" in row else str(row["stop"])
+
+
+def _verdicts(health: Sequence[Mapping[str, Any]], last: int) -> str:
+    """A bar of the run's steps, coloured by the verdict on them."""
+    changes = [(int(row["step"]), str(row["verdict"])) for row in health if "verdict" in row]
+    changes = [(0, "starting"), *changes, (last, "")]
+    width, parts = _WIDTH - _LEFT - 10, [f"<svg viewBox='0 0 {_WIDTH} 30' role=img>"]
+    for (step, state), (end, _) in itertools.pairwise(changes):
+        at = _LEFT + width * step / max(last, 1)
+        parts.append(
+            f"<rect x='{at:.1f}' y='4' width='{max(width * (end - step) / max(last, 1), 0):.1f}' "
+            f"height='16' fill='{_STATES.get(state, _STATES[''])}'>"
+            f"<title>{html.escape(state)} from step {step}</title></rect>"
+        )
+    return "".join(parts) + "</svg>"
+
+
+def _quality(quality: Sequence[Mapping[str, Any]], neighbours: Path | None) -> list[str]:
+    """The section on the quality of the samples; nothing where it was not measured."""
+    if not quality:
+        return []
+    shares = {name: name for name in ("precision", "recall", "density", "coverage")}
+    best = min(quality, key=lambda row: row["frechet"])
+    parts = [
+        f"<h2>Quality</h2><p>Best at step {best['step']}. {html.escape(best['described'])}</p>",
+        _chart(quality, {"Fréchet distance": "frechet"}, 0.0),
+        _chart(quality, {"kernel distance": "kernel"}, 0.0),
+        _chart(quality, shares, 0.0),
+    ]
+    if neighbours is not None and neighbours.exists():
+        data = base64.b64encode(neighbours.read_bytes()).decode()
+        parts.append(
+            "<h2>Copies of training images?</h2><p>Samples, each followed by the training images "
+            "nearest to it; the nearest pairs first.</p>"
+            f"<img alt='samples and their nearest images' src='data:image/png;base64,{data}'>"
+        )
+    return parts
 
 
 def _table(values: Mapping[str, Any]) -> str:
@@ -94,9 +178,11 @@ def _chart(
     high: float | None = None,
 ) -> str:
     if len(metrics) < 2:
-        return "<p>Not enough steps yet.</p>"
+        return "<p>Too few steps yet.</p>"
     stride = max(1, math.ceil(len(metrics) / MAX_POINTS))
     rows = [*metrics[:-1:stride], metrics[-1]]
+    # A run of an earlier version has not all of them, and what was not measured is not there.
+    rows = [row for row in rows if all(key in row for key in series.values())]
     values = sorted(row[key] for row in rows for key in series.values())
     low = min(0.0, values[0]) if low is None else low
     # A few spikes would flatten all the rest.

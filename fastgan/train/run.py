@@ -1,7 +1,8 @@
 """The folder of a training run and what is written to it.
 
-config.yaml  metrics.jsonl  events/  samples/step-000500.png  samples.gif
+config.yaml  metrics.jsonl  health.jsonl  events/  samples/step-000500.png  samples.gif
 checkpoints/step-000500/    report.html    skipped.txt (where images were)
+quality.jsonl  best/step-000400/  neighbours.png (where quality is measured)
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from fastgan.train.config import TrainConfig
 _OWN_NAMES = (
     "config.yaml",
     "metrics.jsonl",
+    "health.jsonl",
+    "quality.jsonl",
+    "neighbours.png",
+    "best",
     "events",
     "samples",
     "samples.gif",
@@ -45,6 +50,10 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.health = path / "health.jsonl"
+        self.quality = path / "quality.jsonl"
+        self.neighbours = path / "neighbours.png"
+        self.best = path / "best"
         self.events = path / "events"
         self.samples = path / "samples"
         self.gif = path / "samples.gif"
@@ -160,20 +169,29 @@ class RunFolder:
         found = [path for path in self.samples.iterdir() if _SAMPLE.fullmatch(path.name)]
         return sorted(found, key=sample_step)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of ``metrics.jsonl``."""
-        if not self.metrics.exists():
-            return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut off by a kill
-                rows.append(json.loads(line))
-        return rows
-
     def rewind(self, step: int) -> None:
-        """Drop the metrics and grids after ``step``, which are about to be made again."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
-        replace_file(self.metrics, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        """Drop what was written after ``step``, which is about to be made again."""
+        for path in (self.metrics, self.health, self.quality):
+            if path.exists():
+                rows = [row for row in read_lines(path) if row["step"] <= step]
+                replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         for path in self.sample_paths():
             if sample_step(path) > step:
                 path.unlink()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of the ``.jsonl`` file ``path``; none where there is no such file."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line that was cut off by a kill
+            rows.append(json.loads(line))
+    return rows
+
+
+def add_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Add ``row`` to the ``.jsonl`` file ``path``."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{json.dumps(row)}\n")
