@@ -45,9 +45,8 @@ def test_vitals_are_what_they_say():
 
 
 def test_real_images_held_against_real_ones_are_healthy():
-    got = torch.stack(
-        [Vitals().measure(points(64, seed=i), points(64, seed=-i - 1)) for i in range(20)]
-    )
+    pairs = [(points(64, seed=i), points(64, seed=100 + i)) for i in range(20)]
+    got = torch.stack([Vitals().measure(real, fake) for real, fake in pairs])
     spread, coverage, duplicates = got.mean(dim=0).tolist()
     assert spread == pytest.approx(1.0, abs=0.05) and duplicates == 0.0
     # Each of five nearest is as likely a sample's as a real image's: 1 - 2^-5.
@@ -135,13 +134,9 @@ def stopped_at(accuracy=0.5, spreads=(1.0,), metrics=(9, 8, 7, 7.5, 7.6, 7.4, 7.
     rule = StoppingRule(patience=3)
     for i, metric in enumerate(metrics):
         health = Health()
+        values = {"accuracy_real": accuracy, "accuracy_fake": accuracy}
         for step in range(1000):
-            health.add(
-                step,
-                row(
-                    accuracy_real=accuracy, accuracy_fake=accuracy, spread=spreads[i % len(spreads)]
-                ),
-            )
+            health.add(step, row(**values, spread=spreads[i % len(spreads)]))
         if rule.add(1000 * i, metric, health):
             assert "7 of step 2000" in rule.reason
             return i

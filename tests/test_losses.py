@@ -32,9 +32,9 @@ def batch(n=N, dtype=torch.float64, seed=0):
     return real.to(dtype), torch.randn(n, NZ, 1, 1, generator=g, dtype=torch.float64).to(dtype)
 
 
-def log_d(l):
-    """log D(x) of a logit, as the papers' formulas have it."""
-    return torch.log(1 / (1 + torch.exp(-l)))
+def log_d(logit):
+    """log D(x), as the papers' formulas have it."""
+    return torch.log(1 / (1 + torch.exp(-logit)))
 
 
 # D's loss on its logits of real images and samples, and G's on those of samples.
@@ -165,9 +165,9 @@ def test_penalties_through_fused_blocks_have_the_references_gradients(settings, 
         )
         for _ in range(2):
             engine.step(real, noise=z)
-        gradients[backend] = [p.grad.clone() for p in engine.netD.parameters()]
-    for a, b in zip(gradients["cpp"], gradients["reference"], strict=True):
-        assert (a - b).norm() <= 2e-3 * b.norm()
+        gradients[backend] = torch.cat([p.grad.flatten() for p in engine.netD.parameters()])
+    difference = gradients["cpp"] - gradients["reference"]
+    assert difference.norm() <= 1e-3 * gradients["reference"].norm()
     assert sum("differentiated twice" in r.message for r in caplog.records) <= 1
 
 
@@ -322,11 +322,10 @@ class TestConditional:
         real, z = batch(dtype=torch.float32)
         engine.step(real, torch.arange(N) % 3, z)
         engine.g_step(n=4)
-        ones = engine.sample(N, z, labels=torch.ones(N, dtype=torch.int64))
-        assert not torch.allclose(
-            ones, engine.sample(N, z, labels=torch.zeros(N, dtype=torch.int64))
-        )
-        assert torch.equal(engine.sample(3), engine.sample(3)) is False
+        zeros = torch.zeros(N, dtype=torch.int64)
+        samples = engine.sample(N, z, labels=zeros)
+        assert not torch.allclose(samples, engine.sample(N, z, labels=zeros + 1))
+        assert not torch.equal(engine.sample(3), engine.sample(3))
         assert torch.equal(engine.sample(3, z[:3]), engine.sample(3, z[:3], labels=torch.arange(3)))
 
     def test_other_classes_in_d_are_refused(self):

@@ -462,7 +462,9 @@ class _Run:
             prune_checkpoints(self.folder.best, 1)
         self.say(f"Step {step}: {measured.describe()}.{' Best so far.' if better else ''}")
         write_png(self.folder.neighbours, image_grid(*self.evaluation.neighbours(measured)))
-        if self.stopping.add(step, quality["frechet"], self.health):
+        # Not one that is measured because the run ends: it might go on, as if it had not.
+        regular = step % self.config.eval_every == 0
+        if regular and self.stopping.add(step, quality["frechet"], self.health):
             self._note({"stop": self.stopping.reason})
             self.say(f"Step {step}: {self.stopping.reason}.")
         return {name: value for name, value in quality.items() if isinstance(value, float)}
