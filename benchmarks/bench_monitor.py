@@ -1,7 +1,7 @@
 """What watching a GAN's health costs: steps with the monitor of ``fastgan train``, and without.
 
-``python -m fastgan.benchmarks.bench_monitor``, or with ``--rounds 3 --ngf 8 --ndf 8`` to see that it
-works. Two engines of the same networks take turns, each time for two measurements' steps; both have
+``python -m fastgan.benchmarks.bench_monitor``, or with ``--rounds 3 --ngf 8`` to see that it works.
+Two engines of the same networks take turns, each time for two measurements' steps; both have
 to end with the same weights.
 """
 

@@ -22,7 +22,7 @@ from fastgan.engine.capture import capture_step
 from fastgan.errors import InputError
 from fastgan.metrics.health import Vitals
 
-SIZE, NZ, STEPS = 16, 6, 20
+SIZE, NZ, STEPS, CLASSES = 16, 6, 20, 3
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_kernels)]
 
 
@@ -31,9 +31,11 @@ def graphs_on_the_cpu(monkeypatch):
     monkeypatch.setitem(captures.GRAPHS, "cpu", TapeGraph)
 
 
-def make(engine=Engine, channels=4, **kwargs):
+def make(engine=Engine, channels=4, condition=None, **kwargs):
     torch.manual_seed(0)
-    networks = DCGANGenerator(NZ, channels, 1, SIZE), DCGANDiscriminator(channels, 1, SIZE)
+    sizes = {"nz": NZ, "ngf": channels, "ndf": channels, "nc": 1, "image_size": SIZE}
+    classes = {"n_classes": CLASSES, "condition": condition} if condition else {}
+    networks = fastgan.build_model("dcgan", **sizes, **classes)
     return engine(*networks, device="cpu", **{"ema": 0.9, **kwargs})
 
 
@@ -41,7 +43,8 @@ def loaded(engine=Engine, n=20, batch=8, **kwargs):
     """With batches of two sizes where ``n`` is no multiple of ``batch``."""
     images = np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 1), dtype=np.uint8)
     made = make(engine, **kwargs)
-    made.attach(Loader(ImageSet(images, None, (), "test", "digest"), batch, flip=True))
+    data = ImageSet(images, np.arange(n) % CLASSES, (), "test", "digest")
+    made.attach(Loader(data, batch, flip=True))
     return made
 
 
@@ -67,8 +70,9 @@ def assert_differ(a, b):
         ({"fuse_passes": False, "ema": 0.0}, 2),
         ({"r1": 1.0, "r1_every": 2, "instance_noise": 0.1}, 4),
         ({"monitor": Vitals(4), "diff_augment": ["translation", "color"]}, 4),
+        ({"condition": "projection"}, 2),
     ],
-    ids=["plain", "n_d", "bf16", "two passes", "lazy R1", "monitored"],
+    ids=["plain", "n_d", "bf16", "two passes", "lazy R1", "monitored", "conditional"],
 )
 def test_replays_equal_steps_as_they_are_written(backend, settings, graphs):
     settings = {"backend": backend, **settings}
@@ -492,6 +496,8 @@ def next_arguments(engine):
         {"monitor": Vitals(1)},
         {"loss": "wgan-gp"},
         {"r1": 1.0, "r1_every": 2},
+        {"condition": "planes"},
+        {"condition": "projection"},
         {
             "loss": "hinge",
             "diff_augment": ["color", "translation", "cutout"],

@@ -19,6 +19,7 @@ _COMMANDS = {
     "train": "train a GAN on a folder of images, an archive, an array, or the embedded digits",
     "sample": "make images with a trained generator",
     "eval": "how good a trained generator is: Fréchet distance, precision, recall, copies, ...",
+    "augment": "a labelled set of generated images, or what one would be worth to a classifier",
     "dcgan": "the flags, log and files of pytorch/examples/dcgan: replaces 'python main.py'",
     "bench": "images a second of the whole step, against the example's, eager and compiled",
     "doctor": "what this machine can do, and why not the rest",

@@ -77,10 +77,9 @@ def run(argv: list[str]) -> int:
         args.data or settings.data, settings.image_size, settings.nc, max_bad=settings.max_bad
     )
     evaluation = Evaluation(data, args.features, args.n, device, args.seed)
-    measured = evaluation.measure(
-        network_sampler(load_generator(path).to(device), args.seed, device)
-    )
-    print(f"{path}\n{measured.quality.describe()}\n{measured.copies.describe()}")
+    sampler = network_sampler(load_generator(path).to(device), args.seed, device)
+    measured = evaluation.measure(sampler, conditional=settings.condition != "none")
+    print(f"{path}\n{measured.describe()}")
     if args.neighbours is not None:
         write_png(args.neighbours, image_grid(*evaluation.neighbours(measured)))
         print(f"Wrote {args.neighbours}")

@@ -61,6 +61,13 @@ class ImageSet:
         return len(self.images)
 
     @property
+    def n_classes(self) -> int:
+        """How many classes the labels have; 0 where there are none."""
+        if self.labels is None:
+            return 0
+        return max(int(self.labels.max()) + 1, len(self.class_names))
+
+    @property
     def image_size(self) -> int:
         """The side of the images."""
         return self.images.shape[1]

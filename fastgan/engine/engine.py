@@ -391,7 +391,7 @@ class Engine:
                 "or give step() the batches"
             )
         self._loader = loader
-        self._loader_checked = False
+        self._loader_checked = self._labels_checked = False
         self._captured.reset()
 
     def step(

@@ -165,6 +165,7 @@ def load_features(
     - ``inception``: the Inception v3 of the published Frechet inception distances (Heusel et al.
       2017, https://arxiv.org/abs/1706.08500), 2,048 features. Needs torch-fidelity; its weights
       (91 MiB) are downloaded to the cache once.
+    - ``classifier``: a small network that is trained on the labels of ``data``, once.
 
     Args:
         spec: a registered name, or a module as :class:`Features` takes.
@@ -323,6 +324,15 @@ def _inception_weights(cache_dir: Path) -> bytes:
     return data
 
 
+def _build_classifier(data: ImageSet | None, cache: Path) -> nn.Module:
+    """A small network trained on the labels of the very set; see :mod:`.classifier`."""
+    from fastgan.metrics.classifier import ClassifierFeatures, load_classifier
+
+    if data is None:
+        raise InputError("features='classifier' are trained on a labelled set; give data")
+    return ClassifierFeatures(load_classifier(data, cache_dir=cache))
+
+
 def _download(url: str) -> bytes:
     """What is at ``url``; an ``OSError`` where it cannot be reached or breaks off."""
     with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as response:
@@ -375,3 +385,4 @@ def _digest(network: nn.Module) -> str:
 
 register_features("efficientnet-lite0", _build_efficientnet)
 register_features("inception", _build_inception)
+register_features("classifier", _build_classifier)

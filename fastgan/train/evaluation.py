@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgan.data.images import ImageSet
 from fastgan.engine.engine import Engine, noise_shape, sample
+from fastgan.metrics.classifier import ModeHistogram, load_classifier
 from fastgan.metrics.features import load_features
 from fastgan.metrics.neighbours import Copies, find_copies, neighbours_grid
 from fastgan.metrics.quality import Quality, measure
@@ -54,26 +56,42 @@ class Measured:
 
     Attributes:
         quality: the figures.
+        modes: of a labelled set, the classes that the samples fall in.
+        class_accuracy: of a conditional GAN, the share of samples of the class asked for.
+        classifier_accuracy: on real images, of the classifier that says so.
         copies: of the first samples, those nearest among the real images.
         samples: these samples, ``[256, C, H, W]`` at most.
     """
 
     quality: Quality
+    modes: ModeHistogram | None
+    class_accuracy: float | None
+    classifier_accuracy: float
     copies: Copies
     samples: Tensor
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of JSON takes it."""
-        return {
-            **self.quality.to_dict(),
-            "copy_rate": self.copies.rate,
-            "described": self.describe(),
-        }
+        found = {**self.quality.to_dict(), "copy_rate": self.copies.rate}
+        if self.modes is not None:
+            found |= {"classes": self.modes.covered, "classes_kl": self.modes.kl}
+            found["classifier_accuracy"] = self.classifier_accuracy
+        if self.class_accuracy is not None:
+            found["class_accuracy"] = self.class_accuracy
+        return {**found, "described": " ".join(self.describe().split())}
 
     def describe(self) -> str:
-        """The figures with all that they were measured by, on one line."""
-        found = " ".join(self.quality.describe().split())
-        return f"{found}; {self.copies.rate:.1%} of samples suspected to be copies"
+        """The figures with all that they were measured by, a line each."""
+        lines = [self.quality.describe(), self.copies.describe()]
+        if self.modes is not None:
+            lines.append(
+                f"the samples fall in {self.modes.covered} of {len(self.modes.counts)} classes, "
+                f"{self.modes.kl:.3g} nats from the real images' shares"
+            )
+            if self.class_accuracy is not None:
+                lines[-1] += f"; {self.class_accuracy:.1%} are of the class asked for"
+            lines[-1] += f" (a classifier that is right about {self.classifier_accuracy:.2%})"
+        return "\n".join(lines)
 
 
 class Evaluation:
@@ -101,24 +119,45 @@ class Evaluation:
         progress: bool = True,
     ) -> None:
         self._data, self._n, self._seed, self._progress = data, n, seed, progress
-        self._features = load_features(features, device=device, data=data)
-        self._real = real_statistics(data, self._features, progress=progress)
-        self._labels = self._classes()
+        # A network that is made draws its weights: not from the global generator as it stands.
+        with torch.random.fork_rng([]):
+            self._features = load_features(features, device=device, data=data)
+            self._real = real_statistics(data, self._features, progress=progress)
+            self._labels = self._classes()
+            self._classifier = None
+            if data.labels is not None:
+                self._classifier = load_classifier(data, progress=progress).to(device)
 
-    def measure(self, sampler: Sampler) -> Measured:
-        """The quality of what ``sampler`` makes."""
+    @torch.no_grad()
+    def measure(self, sampler: Sampler, *, conditional: bool) -> Measured:
+        """The quality of what ``sampler`` makes, which heeds labels if it is ``conditional``."""
         first: list[Tensor] = []
+        taken_for: list[Tensor] = []
 
         def batches() -> Iterator[Tensor]:
             for labels in self._labels.split(_CHUNK):
                 images = sampler(labels)
                 if not first:
                     first.append(images[:_LOOKED_UP])
+                if self._classifier is not None:
+                    taken_for.append(self._classifier(images).argmax(dim=1).cpu())
                 yield images
 
         quality = measure(batches(), self._n, self._real, self._features, progress=self._progress)
         copies = find_copies(first[0], self._data, self._features, real=self._real)
-        return Measured(quality, copies, first[0])
+        if self._classifier is None:
+            return Measured(quality, None, None, math.nan, copies, first[0])
+        assert self._data.labels is not None
+        found = torch.cat(taken_for)
+        counts = torch.bincount(found, minlength=self._data.n_classes)
+        return Measured(
+            quality,
+            ModeHistogram.of(counts, self._data.labels),
+            (found == self._labels).double().mean().item() if conditional else None,
+            self._classifier.held_out_accuracy,
+            copies,
+            first[0],
+        )
 
     def neighbours(self, measured: Measured, rows: int = 8) -> tuple[Tensor, int]:
         """A picture of the most suspicious samples, each before its nearest, and its columns."""

@@ -153,10 +153,10 @@ def settle(config: TrainConfig, data: ImageSet) -> TrainConfig:
             f"--condition {config.condition}: {data.description} has no labels; give a folder with "
             "a subfolder for each class, or a file with labels"
         )
-    classes = max(int(data.labels.max()) + 1, len(data.class_names))
-    if config.n_classes is not None and config.n_classes < classes:
-        raise InputError(f"--n-classes {config.n_classes}: {data.description} has {classes}")
-    return dataclasses.replace(config, n_classes=config.n_classes or classes)
+    n_classes = config.n_classes or data.n_classes
+    if n_classes < data.n_classes:
+        raise InputError(f"--n-classes {n_classes}: {data.description} has {data.n_classes}")
+    return dataclasses.replace(config, n_classes=n_classes)
 
 
 class _Run:
@@ -452,7 +452,8 @@ class _Run:
         """Measure the quality; keep the checkpoint if it is the best so far."""
         assert self.evaluation is not None
         step, engine = self.engine.steps, self.engine
-        measured = self.evaluation.measure(engine_sampler(engine, self.config.seed))
+        sampler = engine_sampler(engine, self.config.seed)
+        measured = self.evaluation.measure(sampler, conditional=engine.n_classes > 0)
         quality = measured.to_dict()
         best = self._best()
         add_line(self.folder.quality, {"step": step, **quality})
@@ -460,7 +461,8 @@ class _Run:
         if better:
             self._checkpoint(self.folder.best)
             prune_checkpoints(self.folder.best, 1)
-        self.say(f"Step {step}: {measured.describe()}.{' Best so far.' if better else ''}")
+        best_so_far = "\n(the best so far)" if better else ""
+        self.say(f"Step {step}: {measured.describe()}{best_so_far}")
         write_png(self.folder.neighbours, image_grid(*self.evaluation.neighbours(measured)))
         # Not one that is measured because the run ends: it might go on, as if it had not.
         regular = step % self.config.eval_every == 0
