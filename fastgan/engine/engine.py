@@ -332,7 +332,7 @@ class Engine:
         self._output: DiscriminatorOutput | None = None
         self._image_shape: tuple[int, ...] | None = None
         self._range_checked = False
-        self._labels_checked = False
+        self._labels_checked: set[str] = set()
         self._two_passes_said = False
         self._loader: BatchSource | None = None
         self._loader_checked = False
@@ -391,7 +391,8 @@ class Engine:
                 "or give step() the batches"
             )
         self._loader = loader
-        self._loader_checked = self._labels_checked = False
+        self._loader_checked = False
+        self._labels_checked.clear()
         self._captured.reset()
 
     def step(
@@ -688,13 +689,13 @@ class Engine:
                 f"{name} is {_described(labels)}; {n} images need int64 [{n}] of classes 0 to "
                 f"{self.n_classes - 1}"
             )
-        if not self._labels_checked:
+        if name not in self._labels_checked:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.n_classes:
                 raise InputError(
                     f"{name} holds classes from {low} to {high}; netG has {self.n_classes}, from 0"
                 )
-            self._labels_checked = True
+            self._labels_checked.add(name)
         return labels
 
     def _split(self, name: str, batch: Tensor | None) -> Sequence[Tensor | None]:

@@ -186,7 +186,8 @@ def _chart(
     values = sorted(row[key] for row in rows for key in series.values())
     low = min(0.0, values[0]) if low is None else low
     # A few spikes would flatten all the rest.
-    high = max(values[int(0.995 * (len(values) - 1))] * 1.1, low + 1e-6) if high is None else high
+    if high is None:
+        high = max(values[math.ceil(0.995 * (len(values) - 1))] * 1.1, low + 1e-6)
     first, last = rows[0]["step"], rows[-1]["step"]
     inner_width, inner_height = _WIDTH - _LEFT - 10, _HEIGHT - _TOP - _BOTTOM
 
