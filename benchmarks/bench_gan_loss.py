@@ -15,25 +15,30 @@ from torch import Tensor
 
 from fastgan.ops import cpp
 from fastgan.ops.backend import use_backend
-from fastgan.ops.gan_loss import gan_loss
+from fastgan.ops.gan_loss import KINDS, gan_loss
 from fastgan.seeding import generator
 
 
 class Case(NamedTuple):
-    """``shape`` of the logits, one target for each group of them."""
+    """``shape`` of the logits, one target for each group of them, the kind of the loss."""
 
     shape: tuple[int, ...]
     targets: tuple[float, ...]
+    kind: str = "bce"
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {'D' if len(self.targets) == 2 else 'G'}"
+        update = "D" if len(self.targets) == 2 else "G"
+        return f"{'x'.join(map(str, self.shape))} {update} {self.kind}"
 
 
 # DCGAN's logit an image, and the 30x30 of a discriminator of patches (Isola et al. 2017).
-CASES = tuple(
-    Case((len(targets) * n, *rest), targets)
-    for n, rest in ((64, ()), (128, ()), (64, (1, 30, 30)))
-    for targets in ((1.0, 0.0), (1.0,))
+CASES = (
+    *(
+        Case((len(targets) * n, *rest), targets)
+        for n, rest in ((64, ()), (128, ()), (64, (1, 30, 30)))
+        for targets in ((1.0, 0.0), (1.0,))
+    ),
+    *(Case((256,), (1.0, 0.0), kind) for kind in KINDS if kind != "bce"),
 )
 
 
@@ -62,7 +67,7 @@ def setup(case: Case, way: str) -> Run:
 def _forward_backward(case: Case, backend: str, logits: Tensor) -> list[Tensor]:
     leaf = logits.detach().requires_grad_()
     with use_backend(backend):
-        loss, d = gan_loss(leaf, case.targets)
+        loss, d = gan_loss(leaf, case.targets, kind=case.kind)
         (dlogits,) = torch.autograd.grad(loss.sum(), leaf)
     return [torch.cat((loss.detach(), d)), dlogits]
 

@@ -74,7 +74,7 @@ _SINGLE = {
     "bn_stats, bn_act_bwd_reduce, bn_fold, bn_running, add_parts": "float32 by channel or by "
     "weight, neighbours by neighbouring lanes",
     "act_bwd": "the last elements, where they are no whole vector",
-    "bce_fwd": "the logits, which are few",
+    "gan_loss_fwd": "the logits, which are few",
 }
 
 

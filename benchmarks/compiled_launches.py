@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastgan.gpu import empty_images
 from fastgan.nn.sizes import split_size
+from fastgan.ops.gan_loss import KINDS
 
 # Side and channels of the images; the networks are 64 channels wide at the image.
 NETWORKS = ((64, 3), (28, 1), (32, 1))
@@ -239,8 +240,11 @@ class _Network:
     def _gan_loss(self, batch: Batch) -> Iterator[Use]:
         logits, dlogits = (_empty(batch.n, dtype=batch.dtype) for _ in range(2))
         loss, d = (_empty(batch.groups, dtype=batch.dtype) for _ in range(2))
-        gan_loss.bce_forward(logits, [1.0, 0.0][: batch.groups], loss, d, dlogits)
-        yield from self._take(f"loss {batch}", 0.0, batch)
+        for kind in KINDS:
+            gan_loss.gan_loss_forward(logits, [1.0, 0.0][: batch.groups], kind, loss, d, dlogits)
+            # The table is of a step with binary cross-entropy.
+            tabled = batch if kind == "bce" else None
+            yield from self._take(f"loss {batch}, {kind}", 0.0, tabled)
 
     def _augment(self, batch: Batch) -> Iterator[Use]:
         out = images_of(batch.n, self._nc, self._size, batch.dtype)

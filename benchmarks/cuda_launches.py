@@ -378,9 +378,10 @@ def _bn(
 
 def _loss(batch: Batch, table: int) -> _Op:
     logits = torch.empty(batch.n, dtype=batch.dtype)
+    targets = [1.0, 0.0][: batch.groups]
     return _Op(
         f"loss {batch}",
-        lambda backend: gan_loss.gan_loss_forward(logits, [1.0, 0.0][: batch.groups], backend),
+        lambda backend: gan_loss.gan_loss_forward(logits, targets, "bce", backend),
         table,
     )
 

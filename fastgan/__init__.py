@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastgan.engine.capture import CapturedStep, capture_step
     from fastgan.engine.engine import Engine, StepStats
     from fastgan.errors import InputError, NotBuiltError, RunError
+    from fastgan.metrics.health import Health, Vitals
     from fastgan.nn.accelerate import accelerate, explain
     from fastgan.nn.dcgan import DCGANDiscriminator, DCGANGenerator
     from fastgan.nn.registry import build_model, register_model
@@ -29,12 +30,14 @@ _HOMES = {
     "DCGANDiscriminator": "fastgan.nn.dcgan",
     "DCGANGenerator": "fastgan.nn.dcgan",
     "Engine": "fastgan.engine.engine",
+    "Health": "fastgan.metrics.health",
     "ImageSet": "fastgan.data.images",
     "InputError": "fastgan.errors",
     "Loader": "fastgan.data.loader",
     "NotBuiltError": "fastgan.errors",
     "RunError": "fastgan.errors",
     "StepStats": "fastgan.engine.engine",
+    "Vitals": "fastgan.metrics.health",
     "accelerate": "fastgan.nn.accelerate",
     "augment": "fastgan.ops.augment",
     "bce_loss": "fastgan.ops.gan_loss",
@@ -56,12 +59,14 @@ __all__ = [
     "DCGANDiscriminator",
     "DCGANGenerator",
     "Engine",
+    "Health",
     "ImageSet",
     "InputError",
     "Loader",
     "NotBuiltError",
     "RunError",
     "StepStats",
+    "Vitals",
     "__version__",
     "accelerate",
     "augment",

@@ -593,8 +593,8 @@ def test_pytest_runs_the_benchmarks_of_an_op():
         [sys.executable, "-m", *command, *brief], cwd=root, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout
-    assert "test_speed[64 G, torch]" in result.stdout
-    assert "test_memory[64 G, torch]: " in result.stdout
+    assert "test_speed[64 G bce, torch]" in result.stdout
+    assert "test_memory[64 G bce, torch]: " in result.stdout
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

@@ -457,14 +457,19 @@ REFUSED = {
         "rows 1: one value has no variance",
     ),
     "targets": (
-        lambda k: k.call("bce_forward", poisoned((130,)), [1.0] * 65, poisoned((65,)),
+        lambda k: k.call("gan_loss_forward", poisoned((130,)), [1.0] * 65, 0, poisoned((65,)),
                          poisoned((65,)), poisoned((130,))),
         "65 targets: one launch takes 1 to 64",
     ),
     "targets that do not divide": (
-        lambda k: k.call("bce_forward", poisoned((5,)), [1.0, 0.0], poisoned((2,)), poisoned((2,)),
-                         poisoned((5,))),
+        lambda k: k.call("gan_loss_forward", poisoned((5,)), [1.0, 0.0], 0, poisoned((2,)),
+                         poisoned((2,)), poisoned((5,))),
         "2 targets should divide the 5 logits",
+    ),
+    "a kind of loss": (
+        lambda k: k.call("gan_loss_forward", poisoned((4,)), [1.0, 0.0], 4, poisoned((2,)),
+                         poisoned((2,)), poisoned((4,))),
+        "kind 4 should be 0 bce, 1 lsgan, 2 hinge or 3 wasserstein",
     ),
     "a row of an image": (
         lambda k: k.call("augment_forward", np.zeros((1, 1, 32769, 1), np.uint8), None, None,

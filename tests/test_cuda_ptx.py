@@ -116,7 +116,9 @@ def test_lanes_that_meet_in_a_bank_show(results, kernel):
 
 def test_a_launch_that_is_refused(results):
     said = results["refused launch"]["said"]
-    assert said.startswith("bce_forward: launching a grid of 2 x 1 x 1 blocks of 512 threads with ")
+    assert said.startswith(
+        "gan_loss_forward: launching a grid of 2 x 1 x 1 blocks of 512 threads with "
+    )
     assert said.endswith("cudaErrorLaunchFailure, unspecified launch failure")
     assert results["refused launch"]["then"] == []
 

@@ -28,7 +28,7 @@ TWO_DEVICES = (
 KERNELS_OF_A_STEP = {
     "triton": {
         "_act_bwd_kernel",
-        "_bce_fwd_kernel",
+        "_gan_loss_fwd_kernel",
         "_bn_act_bwd_kernel",
         "_bn_act_fwd_kernel",
         "_bn_running_kernel",
@@ -38,7 +38,7 @@ KERNELS_OF_A_STEP = {
     },
     "cuda": {
         "act_backward",
-        "bce_forward",
+        "gan_loss_forward",
         "bn_act_backward",
         "bn_act_forward",
         "bn_update_running",

@@ -183,11 +183,11 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   m.def(
-      "bce_forward",
-      [](int groups, int64_t count, Address logits, Address targets, Address loss, Address d,
-         Address dlogits) {
-        kernels->bce_forward(groups, count, at(logits), at(targets), at(loss), at(d),
-                             at(dlogits));
+      "gan_loss_forward",
+      [](int groups, int64_t count, Address logits, Address targets, int kind, Address loss,
+         Address d, Address dlogits) {
+        kernels->gan_loss_forward(groups, count, at(logits), at(targets), GanLoss(kind), at(loss),
+                                  at(d), at(dlogits));
       },
       Release());
 }

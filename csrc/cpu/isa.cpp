@@ -27,7 +27,7 @@ const Kernels FASTGAN_TABLE(FASTGAN_ISA) = {
     FASTGAN_ISA::bn::bn_apply,
     FASTGAN_ISA::bn::bn_backward,
     FASTGAN_ISA::bn::act_backward,
-    FASTGAN_ISA::gan_loss::bce_forward,
+    FASTGAN_ISA::gan_loss::gan_loss_forward,
 };
 
 }  // namespace fastgan

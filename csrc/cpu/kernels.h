@@ -13,6 +13,7 @@
 namespace fastgan {
 
 enum class Activation : int { kNone = 0, kRelu = 1, kLeakyRelu = 2, kTanh = 3 };
+enum class GanLoss : int { kBce = 0, kLsgan = 1, kHinge = 2, kWasserstein = 3 };
 
 constexpr float kTanhPolynomial[5] = {-0.33333271741867065f, 0.13331152498722076f,
                                       -0.053714100271463394f, 0.02055170387029648f,
@@ -90,9 +91,10 @@ struct Kernels {
   void (*act_backward)(int64_t count, const float* dy, const float* y, Activation,
                        float negative_slope, float* dx, int threads);
 
-  // BCE on logits: loss[g], mean sigmoid d[g], and dlogits = d loss[g] / d logit.
-  void (*bce_forward)(int groups, int64_t count, const float* logits, const float* targets,
-                      float* loss, float* d, float* dlogits);
+  // loss[g], d[g] and dlogits = d loss[g] / d logit; d is the mean sigmoid for kBce and logit for
+  // the others.
+  void (*gan_loss_forward)(int groups, int64_t count, const float* logits, const float* targets,
+                           GanLoss kind, float* loss, float* d, float* dlogits);
 };
 
 // Tiles of (count, mean, M2) that a convolution's epilogue writes; those of one group follow one

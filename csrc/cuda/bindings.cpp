@@ -299,14 +299,17 @@ void bind_bn_act(py::module_& m) {
 }
 
 void bind_gan_loss(py::module_& m) {
-  m.def("bce_forward", [](const Array& logits, const std::vector<float>& targets,
-                          const Array& loss, const Array& d, const Array& dlogits,
-                          uintptr_t stream) {
-    Call call("bce_forward");
+  m.def("gan_loss_forward", [](const Array& logits, const std::vector<float>& targets, int kind,
+                               const Array& loss, const Array& d, const Array& dlogits,
+                               uintptr_t stream) {
+    Call call("gan_loss_forward");
     const int64_t groups = int64_t(targets.size());
     call.require(1 <= groups && groups <= kMostTargets,
                  std::to_string(groups) + " targets: one launch takes 1 to " +
                      std::to_string(kMostTargets));
+    call.require(0 <= kind && kind <= int(GanLoss::kWasserstein),
+                 "kind " + std::to_string(kind) +
+                     " should be 0 bce, 1 lsgan, 2 hinge or 3 wasserstein");
     call.require(floating(logits.dtype), "logits: the kernels take float32, bfloat16, float16");
     const void* from = call.plain("logits", logits, logits.dtype, logits.shape);
     const int64_t size = count_of(logits.shape);
@@ -317,8 +320,8 @@ void bind_gan_loss(py::module_& m) {
     void* loss_to = call.plain("loss", loss, logits.dtype, {groups});
     void* d_to = call.plain("d", d, logits.dtype, {groups});
     void* dlogits_to = call.plain("dlogits", dlogits, logits.dtype, logits.shape);
-    bce_forward(call.on(stream), int(groups), int(size / groups), logits.dtype, from, of, loss_to,
-                d_to, dlogits_to);
+    gan_loss_forward(call.on(stream), int(groups), int(size / groups), logits.dtype, from, of,
+                     GanLoss(kind), loss_to, d_to, dlogits_to);
   });
 }
 

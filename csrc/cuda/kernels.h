@@ -66,9 +66,11 @@ constexpr int kMostTargets = 64;
 struct Targets {
   float of[kMostTargets];
 };
-// loss and d, [groups], and dlogits = d loss[g] / d logit, of `size` logits in each group.
-void bce_forward(Queue, int groups, int size, Dtype, const void* logits, Targets, void* loss,
-                 void* d, void* dlogits);
+enum class GanLoss : int { kBce, kLsgan, kHinge, kWasserstein };
+// loss and d, [groups], and dlogits = d loss[g] / d logit, of `size` logits in each group. d is the
+// mean sigmoid for kBce and logit for the others.
+void gan_loss_forward(Queue, int groups, int size, Dtype, const void* logits, Targets, GanLoss,
+                      void* loss, void* d, void* dlogits);
 
 // Bytes of one row of an image that fit into a block's shared memory.
 constexpr int kMostRowBytes = 32768;

@@ -951,7 +951,7 @@ class Engine:
             scored = self._discriminate(
                 self._seen_by_d(fake), labels, self._loss.kind_g, (self._loss.target_g,)
             )
-        loss = self._loss.sign_g * scored.loss.sum()
+        loss = -scored.loss.sum() if self._loss.g_maximises else scored.loss.sum()
         self._update_by_g.backward(loss)
         self.reduce_gradients(self.netG.parameters())
         norm = loss.detach().reshape(1)[:0]

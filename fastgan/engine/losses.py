@@ -30,20 +30,20 @@ class AdversarialLoss(NamedTuple):
         kind_d: of :func:`fastgan.gan_loss`, towards ``REAL`` and ``FAKE``, for D.
         kind_g: the same, for G.
         target_g: what G has D take its samples for, or not take them for.
-        sign_g: -1 where G maximises.
+        g_maximises: whether G makes that loss as large as it can.
         boundary: the score above which D takes an image for real.
     """
 
     kind_d: str
     kind_g: str
     target_g: float = REAL
-    sign_g: float = 1.0
+    g_maximises: bool = False
     boundary: float = 0.0
 
 
 LOSSES: dict[choices.Loss, AdversarialLoss] = {
     "bce": AdversarialLoss("bce", "bce"),
-    "minimax": AdversarialLoss("bce", "bce", target_g=FAKE, sign_g=-1.0),
+    "minimax": AdversarialLoss("bce", "bce", target_g=FAKE, g_maximises=True),
     "lsgan": AdversarialLoss("lsgan", "lsgan", boundary=0.5),
     "hinge": AdversarialLoss("hinge", "wasserstein"),
     "wgan-gp": AdversarialLoss("wasserstein", "wasserstein"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from support import gan_losses
 
 # A unit in the last place of 1.
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -267,28 +268,22 @@ def batch_norm(
     return Case(run, want, dtype, rounded, inexact=activation == "tanh", terms=32)
 
 
-def loss(dtype: str, size: int, targets: tuple[float, ...]) -> Case:
-    logits = _Draw(dtype).of_channels(len(targets) * size, 1, dtype=dtype)
-    logits[0] = to_bits(np.array(30.0), dtype)
-    logits[-1] = to_bits(np.array(-30.0), dtype)
+def loss(dtype: str, size: int, targets: tuple[float, ...], kind: str = "bce") -> Case:
+    """With a logit at the hinge's kink, and some far from it."""
+    logits = _Draw(dtype).of_channels(len(targets) * size, 1, dtype=dtype, mean=1.0)
+    logits[[0, 1, -1], 0] = to_bits(np.array([30.0, 1.0, -30.0]), dtype)
 
     def run(kernels: Kernels) -> Arrays:
         out = {name: poisoned((len(targets),), dtype) for name in ("loss", "d")}
         out["dlogits"] = poisoned(logits.shape, dtype)
-        kernels.call("bce_forward", logits, list(targets), *out.values())
+        of = gan_losses.KINDS.index(kind)
+        kernels.call("gan_loss_forward", logits, list(targets), of, *out.values())
         return out
 
     def want() -> Arrays:
-        x, t = to_float(logits).reshape(len(targets), size), np.array(targets)[:, None]
-        sigmoid = 1 / (1 + np.exp(-x))
-        losses = np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x)))
-        return {
-            "loss": losses.mean(1),
-            "d": sigmoid.mean(1),
-            "dlogits": ((sigmoid - t) / size).reshape(logits.shape),
-        }
+        return gan_losses.adversarial(to_float(logits), targets, kind)
 
-    return Case(run, want, dtype, ("loss", "d", "dlogits"), inexact=True)
+    return Case(run, want, dtype, ("loss", "d", "dlogits"), inexact=kind == "bce")
 
 
 def images(dtype: str, shape: tuple[int, int, int, int], gathered: bool, flipped: bool) -> Case:
@@ -598,6 +593,9 @@ def _cases(dtype: str) -> dict[str, Case]:
         "bn, many rows": batch_norm(dtype, (1, 3, 41, 43), 1, "relu"),
         "loss": loss(dtype, 37, (1.0, 0.0)),
         "loss, many": loss(dtype, 1100, (0.9,)),
+        "loss, lsgan": loss(dtype, 37, (0.9, -1.5), "lsgan"),
+        "loss, hinge": loss(dtype, 37, (1.0, 0.0), "hinge"),
+        "loss, wasserstein": loss(dtype, 37, (1.0, 0.0), "wasserstein"),
         "images": images(dtype, (4, 5, 7, 3), True, True),
         "images of 16": images(dtype, (3, 32, 48, 1), True, True),
         "images, scaled": images(dtype, (2, 4, 4, 4), False, False),

@@ -31,7 +31,7 @@ FAULTS = {
     "bn_act_fwd_kernel": "bn of 8",
     "bn_act_bwd_reduce_kernel": "bn of 8",
     "bn_act_bwd_kernel": "bn of 8",
-    "bce_fwd_kernel": "loss, many",
+    "gan_loss_fwd_kernel": "loss, many",
     "augment_fwd_kernel": "images of 16",
     "thin_dgrad_kernel": "thin, dgrad",
     "dot_fprop_kernel": "dots of 8, fprop, bias",

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import triton
 from fastgan.benchmarks import machine
 from fastgan.kernels import augment, bn_act, conv, gan_loss
+from support import gan_losses
 from support.convolutions import Sizes, projection, torchs
 from support.numerics import EPS, TF32, error
 from support.ptx_driver import running_ptx
@@ -281,18 +282,15 @@ def running(numbers: Numbers, channels: int = 37, rows: int = 50) -> Iterator[Ch
     yield Check("running variance", of_var, want_var, numbers.rounding)
 
 
-def adversarial(targets: list[float], size: int, numbers: Numbers) -> Iterator[Check]:
-    groups, dtype, limit = len(targets), numbers.dtype, numbers.rounding
-    logits = 4 * normal((groups * size,), dtype)
-    logits[:5] = torch.tensor([0.0, 80.0, -80.0, 1e-3, -15.0])
-    loss, d, dlogits = (filled(shape, dtype) for shape in ((groups,), (groups,), (groups * size,)))
-    gan_loss.bce_forward(logits, targets, loss, d, dlogits)
-    x = logits.double().view(groups, size)
-    target = torch.tensor(targets, dtype=torch.float64)[:, None]
-    losses = F.binary_cross_entropy_with_logits(x, target.expand_as(x), reduction="none")
-    yield Check("loss", loss, losses.mean(1), limit)
-    yield Check("d", d, x.sigmoid().mean(1), limit)
-    yield Check("dlogits", dlogits.view(groups, size), (x.sigmoid() - target) / size, limit)
+def adversarial(kind: str, targets: list[float], size: int, numbers: Numbers) -> Iterator[Check]:
+    groups, dtype = len(targets), numbers.dtype
+    logits = 4 * normal((groups * size,), dtype) + 1
+    logits[:6] = torch.tensor([0.0, 80.0, -80.0, 1e-3, -15.0, 1.0])
+    shapes = {"loss": (groups,), "d": (groups,), "dlogits": (groups * size,)}
+    out = {name: filled(shape, dtype) for name, shape in shapes.items()}
+    gan_loss.gan_loss_forward(logits, targets, kind, *out.values())
+    for name, want in gan_losses.adversarial(logits.double().numpy(), targets, kind).items():
+        yield Check(name, out[name], torch.from_numpy(want), numbers.rounding)
 
 
 def gathered(
@@ -398,14 +396,17 @@ def _others() -> Iterator[tuple[str, Case]]:
             Case(name, functools.partial(batch_norm, NORMS[sizes], NUMBERS[name], parameters)),
         )
     yield "merging", Case("tf32", merged)
-    for name, targets, size in (
-        ("bf16", [1.0, 0.0], 64),
-        ("fp16", [0.9], 37),
-        ("tf32", [1.0, 0.0, 0.3], 5001),
+    for name, kind, targets, size in (
+        ("bf16", "bce", [1.0, 0.0], 64),
+        ("fp16", "bce", [0.9], 37),
+        ("tf32", "bce", [1.0, 0.0, 0.3], 5001),
+        ("fp16", "lsgan", [0.9, -1.5], 37),
+        ("bf16", "hinge", [1.0, 0.0], 64),
+        ("tf32", "wasserstein", [1.0, 0.0], 37),
     ):
         yield (
-            f"adversarial loss, {name}",
-            Case(name, functools.partial(adversarial, targets, size, NUMBERS[name])),
+            f"adversarial loss, {kind}, {name}",
+            Case(name, functools.partial(adversarial, kind, targets, size, NUMBERS[name])),
         )
     for what, numbers, name, sizes, gather, flip in (
         ("gather and flip", bf16, "bf16", (21, 19, 3), True, True),
@@ -455,7 +456,7 @@ FAULTS = {
         Fault("_bn_act_bwd_sum_kernel", "batch norm odd, tf32"),
         Fault("_bn_act_bwd_kernel", "batch norm odd, tf32"),
         Fault("_bn_running_kernel", "running statistics, tf32"),
-        Fault("_bce_fwd_kernel", "adversarial loss, fp16"),
+        Fault("_gan_loss_fwd_kernel", "adversarial loss, bce, fp16"),
         Fault("_augment_fwd_kernel", "images, flip, fp16"),
     )
 }
