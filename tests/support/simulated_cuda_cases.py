@@ -485,7 +485,7 @@ if __name__ == "__main__":
     simulated_cuda.run_kernels()
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     serve(CASES)
-    # The threads that autograd keeps for the devices do not know that the process ends: torch, which
-    # leaves them running, aborts at times as its own objects go.
+    # Autograd's threads for the devices do not know that the process ends: torch, which leaves them
+    # running, aborts at times as its own objects go.
     sys.stdout.flush()
     os._exit(0)
