@@ -8,10 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.runs import SMALL, run_small
 from torch import nn
 
-from fastgan import cli, load_images
+from fastgan import cli, files, load_images
+from fastgan.cli import augment
 from fastgan.data.images import ImageSet
 from fastgan.errors import InputError
 from fastgan.metrics import classifier as module
@@ -48,7 +50,22 @@ def trained(digits):
 
 
 def test_it_learns_digits(trained, digits):
-    assert accuracy(trained, part(digits, 5000, 6000)) > 0.85
+    assert accuracy(trained, part(digits, 5000, 6000)) > 0.9
+
+
+def test_images_of_any_size():
+    classifier = Classifier(3, 2, width=4).eval()
+    for size in (1, 5, 28):
+        x = torch.zeros(2, 2, size, size)
+        assert classifier(x).shape == (2, 3) and classifier.features(x).shape == (2, 16)
+
+
+def test_it_learns_from_few():
+    """Of 20 images a class: else whatever is added to them would look good."""
+    digits = load_images("digits", 32, progress=False)
+    few = np.concatenate([np.flatnonzero(digits.labels == c)[:20] for c in range(10)])
+    found = train_classifier(subset(digits, few), steps=60)
+    assert accuracy(found, part(digits, 5000, 5500)) > 0.8
 
 
 def test_the_same_seed_gives_the_same_classifier_and_leaves_the_global_generator(digits):
@@ -110,8 +127,8 @@ def test_its_features(digits, monkeypatch, tmp_path):
 
 def test_without_labels_there_is_none(digits):
     bare = dataclasses.replace(digits, labels=None, class_names=())
-    for call in (load_classifier, train_classifier):
-        with pytest.raises(InputError, match="has no labels to train a classifier on"):
+    for call in (load_classifier, train_classifier, lambda data: accuracy(Classifier(2, 1), data)):
+        with pytest.raises(InputError, match="embedded set digits has no labels"):
             call(bare)
     with pytest.raises(InputError, match="5 images are too few"):
         load_classifier(part(digits, 0, 5))
@@ -224,10 +241,61 @@ class TestAugmentCommand:
         out = capsys.readouterr().out
         for text in ("real + generated", "20 real images to train on", "30 generated", "40 real"):
             assert text in out
-        assert "The GAN was trained on 60 images, more than the 20" in out
+        assert (
+            "The GAN was trained on 60 images, those of the test among them, more than the 20"
+            in out
+        )
         found = json.loads((tmp_path / "r.json").read_text())
         assert {len(values) for values in found["accuracy"].values()} == {2}
         assert (found["n_real"], found["n_test"], found["gan_trained_on"]) == (20, 40, 60)
+
+    def test_other_images_to_test_on(self, conditional_run, digits, tmp_path, capsys):
+        """Classes are matched by their names: here 3 and 7 are numbers 0 and 1."""
+        chosen = np.concatenate([np.flatnonzero(digits.labels == c)[-15:] for c in (3, 7)])
+        np.savez(
+            tmp_path / "two.npz", images=digits.images[chosen, ..., 0], labels=digits.labels[chosen]
+        )
+        data = load_images(str(tmp_path / "two.npz"), 16, progress=False)
+        like = dataclasses.replace(data, labels=None, class_names=digits.class_names)
+        matched = augment._with_classes_of(digits, data, "two.npz")
+        assert np.array_equal(matched.labels, digits.labels[chosen]) and data.labels.max() == 1
+        with pytest.raises(InputError, match=r"--test 'x' has no labels"):
+            augment._with_classes_of(digits, like, "x")
+        command = ["augment", str(conditional_run), "--report", "--per-class", "1", "--seeds", "1"]
+        command += ["--steps", "2", "--test", str(tmp_path / "two.npz")]
+        assert cli.main(command) == 0
+        out = capsys.readouterr().out
+        assert "tested on 30 real images; 60 real" in out
+        assert "The GAN was trained" not in out and "±" not in out
+        np.savez(tmp_path / "odd.npz", images=data.images[..., 0], labels=np.arange(30) + 5)
+        assert cli.main([*command[:-1], str(tmp_path / "odd.npz")]) == 2
+        assert "has the class '10', which is none of 0, 1" in capsys.readouterr().err
+
+    def test_folders_of_classes(self):
+        folders = augment._folders
+        assert folders(("T-shirt/top", "été", "../x"), 3) == ["T-shirt_top", "été", "_x"]
+        # On some systems 'a' and 'A' are one.
+        for names in ((), ("a", "A"), ("..", "b"), ("a/b", "a:b")):
+            assert folders(names, 2) == ["0", "1"]
+        assert folders((), 11)[::10] == ["00", "10"]
+
+    def test_no_image_is_half_written(self, conditional_run, monkeypatch, tmp_path):
+        synced = files.sync_file
+        written = []
+
+        def full(file):
+            written.append(file.name)
+            if sum(".png" in name for name in written) == 3:
+                raise OSError(28, "No space left on device", file.name)
+            synced(file)
+
+        monkeypatch.setattr(files, "sync_file", full)
+        command = ["augment", str(conditional_run), "--out", str(tmp_path / "x")]
+        assert cli.main(command) == 2
+        found = [path for path in (tmp_path / "x").rglob("*") if path.is_file()]
+        assert {path.name for path in found} == {"000000.png", "000001.png"}
+        for path in found:
+            Image.open(path).load()
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -251,6 +319,14 @@ class TestAugmentCommand:
         assert "was trained without classes" in capsys.readouterr().err
 
 
-def test_sizes_out_of_range():
+def test_values_out_of_range(digits):
+    few = part(digits, 0, 50)
     with pytest.raises(InputError, match="n_classes=0 must be at least 1"):
         Classifier(0, 1)
+    with pytest.raises(InputError, match=r"n_classes=3: .* has 10 classes"):
+        train_classifier(few, n_classes=3)
+    with pytest.raises(InputError, match="steps=0 must be at least 1"):
+        train_classifier(few, steps=0)
+    for n in (0, 51):
+        with pytest.raises(InputError, match=f"n={n} must be from 1 to the 50 images"):
+            classification_accuracy_score(plain, few, few, n=n)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +43,7 @@ class AugmentArgs:
             default all that the run was trained on.
         test: Labelled real images to test on. By default those that the run's data have left.
         seeds: How many times the report trains each classifier.
-        steps: Of 128 images, in training each.
+        steps: In training each, of at most 128 images.
         json: Where to write the report (JSON).
         seed: Of the noise, and the first of the seeds.
     """
@@ -107,25 +109,34 @@ def run(argv: list[str]) -> int:
         )
     sampler = network_sampler(netG, args.seed, torch.device("cpu"))
     if args.out is not None:
-        names = tuple(getattr(netG, "class_names", ())) or tuple(map(str, range(n_classes)))
-        _write(args.out, sampler, names, args.per_class)
-        print(f"Wrote {args.per_class} images of each of {len(names)} classes to {args.out}")
+        folders = _folders(getattr(netG, "class_names", ()), n_classes)
+        _write(args.out, sampler, folders, args.per_class)
+        print(f"Wrote {args.per_class} images of each of {n_classes} classes to {args.out}")
         return DONE
-    _report(args, path, sampler)
+    _report(args, path, sampler, n_classes)
     return DONE
 
 
-def _write(out: Path, sampler: Sampler, names: tuple[str, ...], per_class: int) -> None:
+def _folders(names: Sequence[str], n_classes: int) -> list[str]:
+    """A folder for each class: its name, as far as every system takes it for one, or its number."""
+    cleaned = [re.sub(r"[^\w .()+-]", "_", name).strip(" .") for name in names]
+    if len({name.casefold() for name in cleaned if name}) == n_classes:
+        return cleaned
+    # Of one width, so that their order is that of the numbers.
+    return [f"{label:0{len(str(n_classes - 1))}d}" for label in range(n_classes)]
+
+
+def _write(out: Path, sampler: Sampler, folders: list[str], per_class: int) -> None:
     import torch
 
     from fastgan.train.samples import write_each
 
-    with tqdm(total=per_class * len(names), unit="image", disable=None, leave=False) as bar:
-        for label, name in enumerate(names):
+    with tqdm(total=per_class * len(folders), unit="image", disable=None, leave=False) as bar:
+        for label, folder in enumerate(folders):
             written = 0
             for n in _chunks(per_class):
                 images = sampler(torch.full((n,), label))
-                written = write_each(out / name, images, written)
+                written = write_each(out / folder, images, written)
                 bar.update(n)
 
 
@@ -133,7 +144,7 @@ def _chunks(n: int) -> list[int]:
     return [min(_CHUNK, n - start) for start in range(0, n, _CHUNK)]
 
 
-def _report(args: AugmentArgs, path: Path, sampler: Sampler) -> None:
+def _report(args: AugmentArgs, path: Path, sampler: Sampler, n_classes: int) -> None:
     import torch
 
     from fastgan.data.images import load_images
@@ -141,18 +152,24 @@ def _report(args: AugmentArgs, path: Path, sampler: Sampler) -> None:
     from fastgan.metrics.classifier import accuracy, generated_set, join, train_classifier
     from fastgan.train.checkpoint import read_manifest, read_settings
 
-    settings = read_settings(path, read_manifest(path))
+    manifest = read_manifest(path)
+    settings = read_settings(path, manifest)
     assert settings.image_size is not None
     data = load_images(settings.data, settings.image_size, settings.nc, max_bad=settings.max_bad)
+    if data.n_classes != n_classes:
+        raise InputError(
+            f"RUN {str(args.run)!r} was trained on {n_classes} classes, {data.description} has "
+            f"{data.n_classes} now; put back what it was trained on"
+        )
     other = None
     if args.test is not None:
-        other = load_images(args.test, settings.image_size, settings.nc)
-        if other.labels is None:
-            raise InputError(f"--test {args.test!r} has no labels")
+        other = load_images(args.test, settings.image_size, settings.nc, max_bad=settings.max_bad)
+        other = _with_classes_of(data, other, args.test)
+    seeds = list(range(args.seed, args.seed + args.seeds))
     rows: dict[str, list[float]] = {"real": [], "real + generated": [], "real + classical": []}
     tested = 0
     with tqdm(total=3 * args.seeds, unit="classifier", disable=None, leave=False) as bar:
-        for seed in range(args.seed, args.seed + args.seeds):
+        for seed in seeds:
             real, rest = _draw(args, data, seed)
             test = other or rest
             if test is None:
@@ -184,29 +201,48 @@ def _report(args: AugmentArgs, path: Path, sampler: Sampler) -> None:
         f"generated; mean and standard deviation over {args.seeds} seeds"
     )
     for name, values in rows.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = f" ± {statistics.stdev(values):.2%}" if len(values) > 1 else ""
         each = ", ".join(f"{value:.2%}" for value in values)
-        print(f"  {name:<17} {statistics.mean(values):.2%} ± {spread:.2%}   ({each})")
+        print(f"  {name:<17} {statistics.mean(values):.2%}{spread}   ({each})")
+    trained_on = manifest.get("images") or len(data)
     caveat = ""
-    if len(data) > n_real:
+    if trained_on > n_real:
+        tested_on = ", those of the test among them" if other is None else ""
         caveat = (
-            f"The GAN was trained on {len(data):,} images, more than the {n_real:,} that the "
-            "classifier has: what it adds is not to be had from these alone."
+            f"The GAN was trained on {trained_on:,} images{tested_on}, more than the {n_real:,} "
+            "that the classifier has: what it adds is not to be had from these alone."
         )
         print(caveat)
     if args.json is not None:
         found_all: dict[str, Any] = {
             "checkpoint": str(path),
             "accuracy": rows,
+            "seeds": seeds,
             "steps": args.steps,
             "n_real": n_real,
             "n_generated": args.per_class * data.n_classes,
             "n_test": tested,
-            "gan_trained_on": len(data),
+            "gan_trained_on": trained_on,
             "caveat": caveat,
         }
         replace_file(args.json, json.dumps(found_all, indent=1).encode())
         print(f"Wrote {args.json}")
+
+
+def _with_classes_of(data: ImageSet, test: ImageSet, source: str) -> ImageSet:
+    """``test`` with the numbers that its classes, by their names, have in ``data``."""
+    import numpy as np
+
+    if test.labels is None:
+        raise InputError(f"--test {source!r} has no labels; give a labelled set")
+    strange = sorted(set(test.class_names) - set(data.class_names))
+    if strange:
+        raise InputError(
+            f"--test {source!r} has the class {strange[0]!r}, which is none of "
+            f"{', '.join(data.class_names)}; give images of these"
+        )
+    numbers = np.array([data.class_names.index(name) for name in test.class_names])
+    return dataclasses.replace(test, labels=numbers[test.labels], class_names=data.class_names)
 
 
 def _draw(args: AugmentArgs, data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet | None]:

@@ -85,11 +85,13 @@ def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
 def write_each(folder: Path, images: Tensor, start: int = 0) -> int:
     """Write ``images`` one by one to ``folder/000000.png`` and so on, counting from ``start``.
 
+    Each is there whole or not at all.
+
     Returns:
         The number of the next.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for i, pixels in enumerate(to_bytes(images), start):
         picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        picture.save(folder / f"{i:06d}.png")
+        write_png(folder / f"{i:06d}.png", picture)
     return start + len(images)
