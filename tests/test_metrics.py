@@ -213,7 +213,9 @@ def test_features_round_as_files_do_and_make_grey_rgb(digits):
 
 def test_features_refuse(digits, net):
     images = next(image_batches(digits))[:4]
-    with pytest.raises(InputError, match="features='no-such' are unknown; choose from efficientn"):
+    with pytest.raises(
+        InputError, match="features='no-such' are unknown; choose from classifier, efficientn"
+    ):
         load_features("no-such")
     with pytest.raises(InputError, match="images of 1 channels, these have 3"):
         net(images.expand(-1, 3, -1, -1))
