@@ -14,13 +14,13 @@ import tyro
 from tqdm import tqdm
 
 from fastgan.cli import DONE
-from fastgan.cli.parse import OptionalPath, parse
+from fastgan.cli.parse import OptionalPath, check_folder_of, parse
 from fastgan.errors import InputError
 from fastgan.train.config import OptionalInt
 
 if TYPE_CHECKING:
     from fastgan.data.images import ImageSet
-    from fastgan.train.evaluation import Sampler
+    from fastgan.metrics.classifier import Sampler
 
 _CHUNK = 256
 
@@ -77,10 +77,8 @@ class AugmentArgs:
         for name, value in (("--real-per-class", self.real_per_class), ("--test", self.test)):
             if value is not None and not self.report:
                 raise InputError(f"{name} {value} is of --report; leave it out, or give that")
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise InputError(
-                f"--json {str(self.json)!r}: the folder {str(self.json.parent)!r} does not exist"
-            )
+        if self.json is not None:
+            check_folder_of("--json", self.json)
         if self.out is not None and self.out.exists():
             if not self.out.is_dir():
                 raise InputError(f"--out {str(self.out)!r} is a file; give a folder")

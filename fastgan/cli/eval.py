@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from fastgan.cli import DONE
-from fastgan.cli.parse import OptionalPath, parse
+from fastgan.cli.parse import OptionalPath, check_folder_of, parse
 from fastgan.errors import InputError
 
 
@@ -50,10 +50,8 @@ def run(argv: list[str]) -> int:
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
     for name, path in (("neighbours", args.neighbours), ("json", args.json)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(
-                f"--{name} {str(path)!r}: the folder {str(path.parent)!r} does not exist"
-            )
+        if path is not None:
+            check_folder_of(f"--{name}", path)
     if not args.run.exists():
         raise InputError(f"RUN {str(args.run)!r} does not exist; give a run folder")
 

@@ -46,6 +46,16 @@ def parse(cls: type[T], prog: str, argv: list[str], default: T | None = None) ->
         raise InputError(f"{_one_line(complaint.getvalue())} (see {prog} -h)") from None
 
 
+def check_folder_of(flag: str, path: Path) -> None:
+    """Refuse a file to write whose folder is not there.
+
+    Raises:
+        InputError: names the flag, the file and the folder.
+    """
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{flag} {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+
+
 def _one_line(message: str) -> str:
     """What tyro's message says, without its title, its frame and the help below it.
 

@@ -10,7 +10,7 @@ import tyro
 from tqdm import tqdm
 
 from fastgan.cli import DONE
-from fastgan.cli.parse import OptionalPath, parse
+from fastgan.cli.parse import OptionalPath, check_folder_of, parse
 from fastgan.errors import InputError
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ def _check_output(output: Path) -> None:
         raise InputError(f"-o {str(output)!r} is a folder; give a file such as grid.png")
     if output.suffix.lower() != ".png":
         raise InputError(f"-o {str(output)!r} must end in .png")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"-o {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+    check_folder_of("-o", output)
 
 
 def _check_each(folder: Path) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from fastgan.data.images import ImageSet
 from fastgan.data.loader import Loader
+from fastgan.data.pixels import to_bytes
 from fastgan.errors import InputError
 from fastgan.files import replace_file
 from fastgan.machine import cache_folder
@@ -356,7 +357,8 @@ def mode_histogram(
     return ModeHistogram.of(counts, real_labels)
 
 
-# From labels [n] int64 to images [n, C, H, W] in [-1, 1].
+# From labels [n] int64, which only count where there are no classes, to images [n, C, H, W] in
+# [-1, 1].
 Sampler = Callable[[Tensor], Tensor]
 
 
@@ -399,12 +401,7 @@ def class_accuracy(
 def generated_set(sampler: Sampler, labels: Tensor, like: ImageSet) -> ImageSet:
     """Samples of the classes ``labels [n]`` as a labelled set, in bytes, as ``like`` is."""
 
-    def parts() -> Iterator[NDArray[np.uint8]]:
-        for chunk in labels.split(_CHUNK):
-            images = sampler(chunk).float().add(1.0).mul(127.5).round().clamp(0.0, 255.0)
-            yield images.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-
-    images = np.concatenate(list(parts()))
+    images = np.concatenate([to_bytes(sampler(chunk)) for chunk in labels.split(_CHUNK)])
     return ImageSet(
         images, labels.numpy(), like.class_names, f"{len(labels):,} generated", _digest(images)
     )

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fastgan.choices import NormD
 from fastgan.errors import InputError
-from fastgan.nn.grouped import grouped_forward, run_sequence
+from fastgan.nn.grouped import grouped_forward
+from fastgan.nn.sequential import SequentialDiscriminator
 from fastgan.nn.sizes import require_positive, split_size
 
 
@@ -100,7 +101,7 @@ class DCGANGenerator(nn.Module):
         return grouped_forward(self.main, z if z.ndim == 4 else z[:, :, None, None], 1)
 
 
-class DCGANDiscriminator(nn.Module):
+class DCGANDiscriminator(SequentialDiscriminator):
     """Turns images ``[N, nc, S, S]`` into logits ``[N]``: positive for real, before any sigmoid.
 
     Args:
@@ -168,22 +169,6 @@ class DCGANDiscriminator(nn.Module):
         )
         _load(model, state_dict, "discriminator")
         return model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N]`` of images ``x [N, nc, S, S]``."""
-        return self.forward_grouped(x, 1)
-
-    def forward_grouped(self, x: Tensor, groups: int) -> Tensor:
-        """Logits ``[groups·n]``; see :func:`fastgan.nn.grouped.grouped_forward`."""
-        return grouped_forward(self.main, x, groups).flatten()
-
-    def features(self, x: Tensor, groups: int = 1) -> Tensor:
-        """What the last hidden layer makes of ``x``: ``[groups·n, n_features, s0, s0]``."""
-        return run_sequence([*self.main.children()][:-1], x, groups)
-
-    def score(self, h: Tensor, groups: int = 1) -> Tensor:
-        """The logits ``[groups·n]`` of what has the features ``h``."""
-        return run_sequence([*self.main.children()][-1:], h, groups).flatten()
 
 
 def _require_depth(extra_layers: int) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastgan.errors import InputError
-from fastgan.nn.grouped import grouped_forward, run_sequence
+from fastgan.nn.grouped import grouped_forward
+from fastgan.nn.sequential import SequentialDiscriminator
 from fastgan.nn.sizes import require_positive
 
 _ACTIVATIONS = ("relu", "leaky_relu", "tanh")
@@ -60,7 +61,7 @@ class MLPGenerator(nn.Module):
         return grouped_forward(self.main, z.flatten(1), 1).view(-1, *self.out_shape)
 
 
-class MLPDiscriminator(nn.Module):
+class MLPDiscriminator(SequentialDiscriminator):
     """Turns images or points ``[N, *in_shape]`` into logits ``[N]``: positive for real.
 
     Args:
@@ -85,22 +86,6 @@ class MLPDiscriminator(nn.Module):
         for n_in, n_out in itertools.pairwise([math.prod(in_shape), *hidden]):
             layers += [nn.Linear(n_in, n_out), _activation(activation)]
         self.main = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N]`` of ``x [N, *in_shape]``."""
-        return self.forward_grouped(x, 1)
-
-    def forward_grouped(self, x: Tensor, groups: int) -> Tensor:
-        """Logits ``[groups·n]``; see :func:`fastgan.nn.grouped.grouped_forward`."""
-        return grouped_forward(self.main, x, groups).flatten()
-
-    def features(self, x: Tensor, groups: int = 1) -> Tensor:
-        """What the last hidden layer makes of ``x``: ``[groups·n, n_features]``."""
-        return run_sequence([*self.main.children()][:-1], x, groups)
-
-    def score(self, h: Tensor, groups: int = 1) -> Tensor:
-        """The logits ``[groups·n]`` of what has the features ``h``."""
-        return run_sequence([*self.main.children()][-1:], h, groups).flatten()
 
 
 def _activation(name: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,15 +12,12 @@ from torch import Tensor, nn
 
 from fastgan.data.images import ImageSet
 from fastgan.engine.engine import Engine, noise_shape, sample
-from fastgan.metrics.classifier import ModeHistogram, load_classifier
+from fastgan.metrics.classifier import ModeHistogram, Sampler, load_classifier
 from fastgan.metrics.features import load_features
 from fastgan.metrics.neighbours import Copies, find_copies, neighbours_grid
 from fastgan.metrics.quality import Quality, measure
 from fastgan.metrics.reference import real_statistics
 from fastgan.seeding import generator
-
-# From labels [n] int64, which count where there are no classes, to images [n, C, H, W].
-Sampler = Callable[[Tensor], Tensor]
 
 _CHUNK = 256
 # Samples that are looked up among the real images.

@@ -6,23 +6,16 @@ import io
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from fastgan.data.pixels import to_bytes
 from fastgan.files import replace_file
 
 MAX_FRAMES = 60
 _FRAME_MS, _LAST_FRAME_MS = 150, 2000
-
-
-def to_bytes(images: Tensor) -> NDArray[np.uint8]:
-    """``[N, C, H, W]`` in [-1, 1] as uint8 ``[N, H, W, C]``."""
-    scaled = images.detach().float().add(1.0).mul(127.5).round().clamp(0.0, 255.0)
-    return scaled.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
